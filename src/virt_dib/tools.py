@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs on the host: find them, run them, stop them. The only importer of subprocess."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_dib.errors import PrerequisiteError, ToolError
+
+_SYSTEM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+_STOP_TIMEOUT_S = 3.0
+_ERROR_LINES = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What a program left behind."""
+
+    exit_status: int
+    """As the shell counts it: 128 + N for a program that signal N ended."""
+    stdout: str
+    stderr: str
+
+
+def find(name: str) -> Path | None:
+    """The program *name* on PATH or, for users whose PATH lacks it, in the system's directories."""
+    search = os.pathsep.join([os.environ.get("PATH", ""), *_SYSTEM_DIRS])
+    found = shutil.which(name, path=search)
+    return Path(found).absolute() if found else None
+
+
+def require(name: str, *, purpose: str, package: str) -> Path:
+    """The program *name*, or an error that says what it is needed for.
+
+    Raises:
+        PrerequisiteError: it is not installed.
+    """
+    found = find(name)
+    if found is None:
+        raise PrerequisiteError(
+            f"'{name}' not found, needed to {purpose}", hint=f"install it: apt-get install {package}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    stderr: int = subprocess.PIPE,
+    cwd: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start *command* in a process group of its own; nothing of that group outlives the block.
+
+    A group of its own: Ctrl-C on the terminal reaches virt-dib alone, which then stops the group.
+    *environment* replaces that of virt-dib when given.
+
+    Raises:
+        ToolError: the program cannot be started.
+    """
+    arguments = [os.fspath(part) for part in command]
+    try:
+        process = subprocess.Popen(
+            arguments,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=None if environment is None else dict(environment),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ToolError(f"cannot start '{arguments[0]}': {error.strerror}") from error
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    doing: str,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: bytes | None = None,
+    timeout_s: float | None = None,
+    check: bool = True,
+) -> Result:
+    """Run *command* to its end and return its output, decoded with replacement.
+
+    *doing* names the work in errors ("converting the image to qcow2").
+
+    Raises:
+        ToolError: it cannot be started, takes longer than *timeout_s*, or (unless *check* is
+            False) ends with another status than 0.
+    """
+    program = Path(os.fspath(command[0])).name
+    stdin_kind = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
+    with started(command, environment=environment, cwd=cwd, stdin=stdin_kind) as process:
+        try:
+            out, err = process.communicate(input=stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise ToolError(f"{doing}: '{program}' did not finish in {timeout_s:.0f} s") from error
+        code = process.returncode
+    result = Result(
+        exit_status=code if code >= 0 else 128 - code,
+        stdout=out.decode(errors="replace"),
+        stderr=err.decode(errors="replace"),
+    )
+    if check and result.exit_status != 0:
+        raise ToolError(f"{doing}: '{program}' failed with {describe_status(code)}{_last_words(result)}")
+    return result
+
+
+def describe_status(code: int) -> str:
+    """``exit status 3`` or ``signal SIGKILL`` for a return code as subprocess gives it."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _last_words(result: Result) -> str:
+    lines = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+    return ": " + " / ".join(lines[-_ERROR_LINES:]) if lines else ""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_TIMEOUT_S)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
