@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The appliance: start it, run things in it, take files out, stop it. The only importer of guestfs.
+
+All calls of libguestfs are made by one thread of their own, so that a signal reaches the main thread
+at once whatever the appliance is doing; ending qemu then makes the pending call fail.
+
+A command runs in the guest as a *job* (``guest/job.sh``): a directory on the build disk with its
+variables, its command and its output. The host reads the output as it grows. Records between RS
+characters that start with a random token are events: a script has started, the job has ended.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import secrets
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from virt_dib import environment as contract
+from virt_dib import supermin
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
+
+_T = TypeVar("_T")
+
+_CHUNK_BYTES = 1 << 20
+_POLL_FIRST_S = 0.05
+_POLL_LAST_S = 0.5
+_ALIVE_CHECK_S = 30.0
+_START_TIMEOUT_S = 600.0
+_REPLY_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 120.0
+_EVENT_LIMIT_BYTES = 1 << 20
+_HOST_RESERVE_BYTES = 64 << 20
+_RS = b"\x1e"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """A raw disk image on the host and the name the guest finds it by, ``/dev/disk/guestfs/LABEL``."""
+
+    path: Path
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to start the appliance."""
+
+    disks: Sequence[Disk]
+    """The first one is the build disk, mounted at ``/sysroot``."""
+    cache_dir: Path
+    memory_mib: int
+    cpus: int
+    network: bool
+    accelerate: bool
+    """Use KVM; otherwise every instruction is emulated."""
+    trace: bool = False
+    verbose: bool = False
+    on_message: Callable[[str], None] | None = None
+    """Gets what libguestfs says with ``trace`` and ``verbose``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something the guest's runner tells: its name, and words after it."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+def binding_problem() -> Problem | None:
+    """What keeps this Python from using libguestfs, or None."""
+    try:
+        import guestfs  # noqa: F401, PLC0415, TID251 - a system package, absent from most virtual environments
+    except ImportError as error:
+        return Problem(
+            f"this Python cannot import the libguestfs binding: {error}",
+            "install it (apt-get install python3-guestfs) and run virt-dib with the system's Python "
+            "or in a virtual environment made by '/usr/bin/python3 -m venv --system-site-packages'",
+        )
+    return None
+
+
+@dataclass
+class _Splitter:
+    """Tells events from output in a stream that comes in pieces of any size."""
+
+    token: bytes
+    _rest: bytes = field(default=b"")
+
+    def feed(self, data: bytes) -> Iterator[bytes | Event]:
+        """Yield pieces of output and events in their order."""
+        mark = _RS + self.token + b" "
+        self._rest += data
+        while self._rest:
+            start = self._rest.find(mark)
+            if start < 0:
+                keep = self._overlap(mark)
+                output, self._rest = self._rest[: len(self._rest) - keep], self._rest[len(self._rest) - keep :]
+                if output:
+                    yield output
+                return
+            if start:
+                yield self._rest[:start]
+                self._rest = self._rest[start:]
+            end = self._rest.find(_RS, len(mark))
+            if end < 0:
+                if len(self._rest) > _EVENT_LIMIT_BYTES:
+                    yield self._rest[:1]
+                    self._rest = self._rest[1:]
+                    continue
+                return
+            name, *words = self._rest[len(mark) : end].decode(errors="replace").split(" ")
+            self._rest = self._rest[end + 1 :]
+            yield Event(name, tuple(words))
+
+    def _overlap(self, mark: bytes) -> int:
+        """How many bytes at the end of the rest may be the beginning of a mark."""
+        start = self._rest.rfind(_RS, -len(mark))
+        return len(self._rest) - start if start >= 0 and mark.startswith(self._rest[start:]) else 0
+
+
+class Appliance:
+    """A running appliance. Made by :func:`open_appliance`."""
+
+    def __init__(self, handle: Any, settings: Settings) -> None:
+        self._handle = handle
+        self._settings = settings
+        self._caller = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="libguestfs")
+        self._jobs = 0
+        self._pid: int | None = None
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Start the virtual machine and mount the build disk.
+
+        Raises:
+            ApplianceError: it does not come up.
+        """
+        handle, settings = self._handle, self._settings
+        self._call("starting the appliance", handle.launch, timeout_s=_START_TIMEOUT_S)
+        self._pid = self._call("asking for the appliance's process", handle.get_pid)
+        device = f"/dev/disk/guestfs/{settings.disks[0].label}"
+        self._call("mounting the build disk in the appliance", handle.mount, device, "/")
+        self.run(["/bin/bash", "/sysroot/guest/setup.sh"], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, "/").check(
+            "preparing the appliance"
+        )
+
+    def stop(self) -> None:
+        """Write everything to the disks and end the virtual machine.
+
+        Raises:
+            ApplianceError: the disks could not be written.
+        """
+        self._call("writing the disks", self._handle.shutdown, timeout_s=_STOP_TIMEOUT_S)
+
+    def close(self) -> None:
+        """End the virtual machine if it still runs, without a word to it, and free everything."""
+        self._kill()
+        self._caller.submit(self._handle.close)
+        self._caller.shutdown(wait=True)
+
+    # ---- work ----
+
+    def run(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        on_output: Callable[[bytes], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> JobResult:
+        """Run *command* in the appliance with exactly *variables*, to its end.
+
+        *functions* is bash text read before it. Output goes to *on_output* as it comes, standard
+        output and standard error in one; without *on_output* the last of it is kept in the result.
+        The word ``TOKEN`` in *command* becomes the token that makes a record an event.
+
+        Raises:
+            ApplianceError: the appliance died.
+        """
+        token = secrets.token_hex(12)
+        job = f"/jobs/{self._jobs}"
+        self._jobs += 1
+        words = " ".join(shlex.quote(token if word == "TOKEN" else word) for word in command)
+        text = contract.exports(variables) + functions + f"cd {shlex.quote(cwd)}\n"
+        doing = "starting a command in the appliance"
+        self._call(doing, self._handle.mkdir, job)
+        self._call(doing, self._handle.write, f"{job}/environment", text.encode("utf-8", "surrogateescape"))
+        self._call(doing, self._handle.write, f"{job}/command", f"command=({words})\n".encode())
+        self._call(doing, self._handle.write, f"{job}/output", b"")
+        start = (
+            f"env -i /bin/bash /sysroot/guest/job.sh /sysroot{job} {token} </dev/null >/dev/null 2>&1 & "
+            f"echo $!"
+        )
+        pid = self._call(doing, self._handle.debug, "sh", [start]).strip()
+        tail = _Tail()
+        status = self._follow(job, pid, token, on_output or tail.add, on_event)
+        self._call(
+            "ending a command in the appliance",
+            self._handle.debug,
+            "sh",
+            [f"kill $(cat /sysroot{job}/reader) 2>/dev/null; rm -rf /sysroot{job}"],
+        )
+        return JobResult(exit_status=status, tail=tail.text())
+
+    def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
+        """The beginning of the file *path* on the build disk (a path in the guest, below ``/dib``)."""
+        inside = self._on_build_disk(path)
+        return bytes(self._call(f"reading '{path}' in the appliance", self._handle.pread, inside, limit_bytes, 0))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write the file *path* on the build disk."""
+        inside = self._on_build_disk(path)
+        self._call(f"writing '{path}' in the appliance", self._handle.write, inside, data)
+
+    def archive(self, directory: str, target: Path) -> None:
+        """Write a tar file of *directory* of the build disk to *target* on the host."""
+        inside = self._on_build_disk(directory)
+        doing = f"copying '{directory}' out of the appliance"
+        self._call(doing, self._handle.tar_out, inside, str(target), timeout_s=None)
+
+    # ---- inside ----
+
+    def _on_build_disk(self, path: str) -> str:
+        prefix = contract.GUEST + "/"
+        if not path.startswith(prefix):
+            raise ValueError(path)
+        return path[len(contract.GUEST) :]
+
+    def _follow(
+        self,
+        job: str,
+        pid: str,
+        token: str,
+        on_output: Callable[[bytes], None],
+        on_event: Callable[[Event], None] | None,
+    ) -> int:
+        """Pass on what the job prints until it says that it has ended; return its status."""
+        splitter = _Splitter(token.encode())
+        offset, pause_s, heard = 0, _POLL_FIRST_S, time.monotonic()
+        while True:
+            data = self._call(
+                "reading the output of a script", self._handle.pread, f"{job}/output", _CHUNK_BYTES, offset
+            )
+            offset += len(data)
+            for piece in splitter.feed(data):
+                if isinstance(piece, bytes):
+                    on_output(piece)
+                elif piece.name == "exit" and piece.words[:1] and piece.words[0].isdigit():
+                    return int(piece.words[0])
+                elif on_event is not None:
+                    on_event(piece)
+            if data:
+                pause_s, heard = _POLL_FIRST_S, time.monotonic()
+                if len(data) == _CHUNK_BYTES:
+                    continue
+            elif time.monotonic() - heard > _ALIVE_CHECK_S:
+                self._check_alive(pid)
+                heard = time.monotonic()
+            self._check_host_space()
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, _POLL_LAST_S)
+
+    def _check_alive(self, pid: str) -> None:
+        state = self._call(
+            "asking the appliance whether it lives",
+            self._handle.debug,
+            "sh",
+            [f"if kill -0 {shlex.quote(pid)} 2>/dev/null; then echo alive; fi"],
+        )
+        if state.strip() != "alive":
+            raise ApplianceError(
+                "the runner in the appliance ended without a result",
+                hint="perhaps the appliance ran out of memory: give it more with --memsize",
+            )
+
+    def _check_host_space(self) -> None:
+        """Stop before qemu does: it waits for space for ever, and the build would just stand still."""
+        for disk in self._settings.disks:
+            state = os.statvfs(disk.path)
+            if state.f_bavail * state.f_frsize < _HOST_RESERVE_BYTES:
+                raise ApplianceError(
+                    f"writing the disks of the build in '{disk.path.parent}': no space left on the host",
+                    hint="free some space there, or set TMPDIR to a directory with more",
+                )
+
+    def _call(
+        self, doing: str, function: Callable[..., _T], *arguments: object, timeout_s: float | None = _REPLY_TIMEOUT_S
+    ) -> _T:
+        future = self._caller.submit(function, *arguments)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            self._kill()
+            raise ApplianceError(
+                f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
+            ) from None
+        except RuntimeError as error:
+            raise ApplianceError(f"{doing}: {_first_line(error)}", hint=_hint_for(str(error))) from error
+        except BaseException:
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        """End the virtual machine now. Before its id is known, everything libguestfs has started."""
+        pids = [self._pid] if self._pid is not None else _children()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobResult:
+    """How a command in the appliance ended."""
+
+    exit_status: int
+    tail: str
+    """The last of its output, unless that went elsewhere."""
+
+    def check(self, doing: str) -> None:
+        """Raise if it failed.
+
+        Raises:
+            ApplianceError: naming *doing* and the last lines of output.
+        """
+        if self.exit_status != 0:
+            said = " / ".join(line for line in self.tail.splitlines()[-5:] if line.strip())
+            raise ApplianceError(f"{doing}: failed with exit status {self.exit_status}: {said}")
+
+
+class _Tail:
+    """Keeps the last few KiB of a stream."""
+
+    _LIMIT_BYTES = 8192
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def add(self, data: bytes) -> None:
+        self._data = (self._data + data)[-self._LIMIT_BYTES :]
+
+    def text(self) -> str:
+        return re.sub(r"[^\n\x20-\x7e]", "?", self._data.decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def open_appliance(settings: Settings) -> Iterator[Appliance]:
+    """A running appliance; it is gone when the block ends, however that happens.
+
+    Leaving the block normally does not write the disks: call :meth:`Appliance.stop` for that.
+
+    Raises:
+        PrerequisiteError: libguestfs cannot be used here.
+        ApplianceError: the appliance does not start.
+    """
+    problem = binding_problem()
+    if problem is not None:
+        raise PrerequisiteError(problem.message, hint=problem.hint)
+    appliance = Appliance(_handle(settings), settings)
+    try:
+        appliance.start()
+        yield appliance
+    finally:
+        appliance.close()
+
+
+def _handle(settings: Settings) -> Any:
+    import guestfs  # noqa: PLC0415, TID251 - see binding_problem
+
+    handle = guestfs.GuestFS(python_return_dict=True, close_on_exit=False)
+    supermin_dir = supermin.prepare(settings.cache_dir, handle.get_path().split(":"))
+    handle.set_path(f"{supermin_dir}:{handle.get_path()}")
+    handle.set_cachedir(str(supermin_dir))
+    # A process group of its own: Ctrl-C on the terminal is for virt-dib to deal with.
+    handle.set_pgroup(True)
+    if "LIBGUESTFS_BACKEND" not in os.environ:
+        handle.set_backend("direct")
+    if "LIBGUESTFS_BACKEND_SETTINGS" not in os.environ and not settings.accelerate:
+        handle.set_backend_settings(["force_tcg"])
+    handle.set_memsize(settings.memory_mib)
+    handle.set_smp(settings.cpus)
+    handle.set_network(settings.network)
+    # The appliance runs nothing but this build, and emulated barriers are dear.
+    handle.set_append("mitigations=off")
+    if settings.on_message is not None and (settings.trace or settings.verbose):
+        report = settings.on_message
+        handle.set_trace(settings.trace)
+        handle.set_verbose(settings.verbose)
+        handle.set_event_callback(
+            lambda _event, _handle, text, _array: report(text.rstrip("\n")),
+            guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
+        )
+    for disk in settings.disks:
+        handle.add_drive_opts(
+            str(disk.path), format="raw", label=disk.label, cachemode="unsafe", discard="besteffort"
+        )
+    return handle
+
+
+def _children() -> list[int]:
+    """The processes this one has started and not yet waited for."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            found += [int(word) for word in (task / "children").read_text().split()]
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].removesuffix(".") if lines else type(error).__name__
+
+
+def _hint_for(text: str) -> str:
+    if "supermin" in text and "kernel" in text.lower():
+        return "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
+    return "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"

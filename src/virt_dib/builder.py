@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One build, from the plan to the files the user asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from virt_dib import environment as contract
+from virt_dib import formats, kvm, layout, staging
+from virt_dib.appliance import Appliance, Disk, Event, Settings, open_appliance
+from virt_dib.environment import Facts
+from virt_dib.errors import ApplianceError, Problem, ScriptError, ToolError
+from virt_dib.monitor import BuildMonitor, Monitor
+from virt_dib.plan import BuildPlan, make_plan
+from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
+from virt_dib.spec import DISK_PHASES, TREE_PHASES, BuildSpec, Phase, Where
+
+_GUEST_SCRIPTS = f"{contract.GUEST}/guest"
+_RUNNER_PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_OUT_LIMIT_BYTES = 16 * 1024**3
+_STEPS = ("starting the appliance", "making the image disk", "copying the tree", "cleaning up", "writing")
+_NO_TREE_STATUS = 3
+
+
+def build_image(
+    spec: BuildSpec,
+    *,
+    problems: Sequence[Problem] = (),
+    acceleration_wanted: str = "auto",
+    trace: bool = False,
+    open_monitor: Callable[[Path, int], contextlib.AbstractContextManager[BuildMonitor]],
+) -> BuildReport:
+    """Build what *spec* asks for.
+
+    *open_monitor* gets the path of the log and the number of phases and steps.
+
+    Raises:
+        VirtDibError: what went wrong; files of an earlier build are as they were.
+    """
+    begun = time.monotonic()
+    with _workspace() as workspace:
+        plan = make_plan(spec, workspace, problems)
+        log_path = spec.output_dir / f"{spec.name}.log"
+        steps = len(TREE_PHASES) + len(DISK_PHASES) + len(_STEPS) + len(plan.formats) - 1
+        with open_monitor(log_path, steps) as monitor:
+            build = _Build(plan, monitor, workspace, acceleration_wanted, trace)
+            artifacts = build.run()
+    return BuildReport(
+        name=spec.name, phases=tuple(build.results), artifacts=artifacts, seconds=time.monotonic() - begun
+    )
+
+
+def cache_dir() -> Path:
+    """Where virt-dib keeps what it can make again: the appliance, the KVM verdict."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "virt-dib"
+
+
+@contextlib.contextmanager
+def _workspace() -> Iterator[Path]:
+    """A private directory for the disks of one build, in TMPDIR or ``/var/tmp``."""
+    parent = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - the directory made there is private
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="virt-dib-", dir=parent))
+    except OSError as error:
+        raise ToolError(
+            f"making a directory for the build in '{parent}': {error.strerror}",
+            hint="set TMPDIR to a directory that you can write and that has space",
+        ) from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class _Build:
+    """One build under way."""
+
+    def __init__(
+        self, plan: BuildPlan, monitor: Monitor, workspace: Path, acceleration_wanted: str, trace: bool
+    ) -> None:
+        self._plan = plan
+        self._monitor = monitor
+        self._workspace = workspace
+        self._wanted = acceleration_wanted
+        self._trace = trace
+        self._facts: Facts = plan.facts
+        self.results: list[PhaseResult] = []
+
+    def run(self) -> tuple[Artifact, ...]:
+        """The whole build, in order."""
+        plan = self._plan
+        build_disk = Disk(path=self._workspace / "build.img", label="build")
+        image_disk = Disk(path=self._workspace / "image.img", label="image")
+        with self._outputs() as outputs:
+            plan.staging.make_disk(build_disk.path)
+            _make_image_disk(image_disk.path, plan.layout.disk_bytes)
+            with self._appliance([build_disk, image_disk]) as appliance:
+                for phase in TREE_PHASES:
+                    self._run_phase(appliance, phase)
+                    self._after(appliance, phase)
+                self._make_image(appliance)
+                for phase in DISK_PHASES[1:]:
+                    self._run_phase(appliance, phase)
+                self._finish_image(appliance)
+                left = outputs.add(appliance)
+            size_bytes = (self._facts.image_size_kib or 0) * 1024
+            os.truncate(image_disk.path, size_bytes)
+            for output in plan.formats:
+                with self._step(f"writing {output.name}"):
+                    outputs.convert(output, image_disk.path)
+            return outputs.publish(left)
+
+    # ---- the appliance ----
+
+    @contextlib.contextmanager
+    def _appliance(self, disks: Sequence[Disk]) -> Iterator[Appliance]:
+        verdict = kvm.choose(wanted=self._wanted, kernel=None, cache_dir=cache_dir())
+        accelerate = verdict.acceleration is kvm.Acceleration.KVM
+        if not accelerate:
+            self._monitor.message(f"emulating the appliance, about 15 times slower than with KVM: {verdict.reason}")
+        settings = Settings(
+            disks=disks,
+            cache_dir=cache_dir(),
+            memory_mib=self._plan.memory_mib,
+            cpus=self._plan.cpus,
+            network=self._plan.spec.network,
+            accelerate=accelerate,
+            trace=self._trace,
+            verbose=self._trace,
+            on_message=self._monitor.message,
+        )
+        with contextlib.ExitStack() as stack:
+            with self._step(_STEPS[0]):
+                appliance = stack.enter_context(open_appliance(settings))
+            yield appliance
+            appliance.stop()
+
+    @contextlib.contextmanager
+    def _step(self, title: str) -> Iterator[None]:
+        """Something the runner does itself, shown and timed like a phase."""
+        self._monitor.phase_started(title, ())
+        begun = time.monotonic()
+        yield
+        result = PhaseResult(title=title, seconds=time.monotonic() - begun)
+        self.results.append(result)
+        self._monitor.phase_finished(result)
+
+    def _guest(self, appliance: Appliance, doing: str, script: str, *arguments: str) -> None:
+        """Run one of our own guest scripts."""
+        command = [f"{_GUEST_SCRIPTS}/{script}", *arguments]
+        appliance.run(command, _RUNNER_PATH, contract.GUEST).check(doing)
+
+    # ---- phases ----
+
+    def _run_phase(self, appliance: Appliance, phase: Phase) -> None:
+        scripts = _PhaseScripts(phase, self._plan.hooks.owners, self._monitor)
+        variables = contract.for_phase(self._facts, phase)
+        if phase.where is Where.CHROOT:
+            command = [f"{_GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, contract.HOOKS, phase.directory, "TOKEN"]
+            cwd = "/"
+        else:
+            command = [f"{_GUEST_SCRIPTS}/run-phase.sh", f"{contract.HOOKS}/{phase.directory}", "TOKEN"]
+            cwd = contract.OUT
+        begun = time.monotonic()
+        result = appliance.run(
+            command,
+            variables,
+            cwd,
+            functions=contract.functions(self._facts, phase),
+            on_output=self._monitor.output,
+            on_event=scripts.event,
+        )
+        scripts.end(result.exit_status)
+        seconds = time.monotonic() - begun
+        phase_result = PhaseResult(title=phase.directory, seconds=seconds, scripts=tuple(scripts.results))
+        self.results.append(phase_result)
+        self._monitor.phase_finished(phase_result)
+
+    def _after(self, appliance: Appliance, phase: Phase) -> None:
+        """What the runner itself does when a phase of the tree stage is over."""
+        if phase is Phase.ROOT:
+            install_type = self._plan.spec.variables.get("DIB_DEFAULT_INSTALLTYPE", self._plan.spec.install_type)
+            arguments = ["after_root", contract.TREE, contract.HOOKS, install_type]
+            result = appliance.run([f"{_GUEST_SCRIPTS}/tree.sh", *arguments], _RUNNER_PATH, contract.GUEST)
+            if result.exit_status == _NO_TREE_STATUS:
+                raise ScriptError(
+                    "root.d ended without a root file system in place",
+                    hint="the operating-system element must fill $TARGET_ROOT in its root.d",
+                )
+            result.check("preparing the tree after root.d")
+        elif phase is Phase.INSTALL and self._plan.spec.extra_packages:
+            self._install_packages(appliance)
+        elif phase is Phase.POST_ROOT:
+            self._guest(appliance, "setting the tree aside", "tree.sh", "set_aside", contract.TREE, contract.BUILT)
+
+    def _install_packages(self, appliance: Appliance) -> None:
+        packages = self._plan.spec.extra_packages
+        with self._step("extra packages"):
+            result = appliance.run(
+                [f"{_GUEST_SCRIPTS}/chroot-command.sh", contract.TREE, "install-packages", *packages],
+                contract.for_phase(self._facts, Phase.INSTALL),
+                "/",
+                on_output=self._monitor.output,
+            )
+        if result.exit_status != 0:
+            raise ScriptError(
+                f"installing the extra packages {', '.join(packages)}: install-packages failed with exit status "
+                f"{result.exit_status}",
+                hint=f"its output is in the log; the elements must provide install-packages and the packages exist",
+            )
+
+    # ---- the image disk ----
+
+    def _make_image(self, appliance: Appliance) -> None:
+        """From the finished tree to mounted file systems with the tree in them."""
+        plan = self._plan
+        tree_kib = int(appliance.read(f"{contract.BUILD_DIR}/tree-size-kib").strip())
+        fstype = plan.layout.block_devices.root_fstype
+        size_kib = layout.image_size_kib(plan.spec, plan.elements, fstype, tree_kib)
+        self._facts = dataclasses.replace(self._facts, image_size_kib=size_kib)
+        self._run_phase(appliance, Phase.BLOCK_DEVICE)
+        with self._step(_STEPS[1]):
+            for image in plan.layout.images:
+                arguments = [f"{image.directory}/{image.name}.raw", str(image.offset_bytes)]
+                size_bytes = image.size_bytes or size_kib * 1024
+                self._guest(appliance, "laying out the image disk", "image-disk.sh", *arguments, str(size_bytes))
+            options = layout.mkfs_options(plan.spec, fstype)
+            params = layout.params_text(plan.layout, size_kib=size_kib, options=options)
+            appliance.write(contract.PARAMS, params.encode())
+            answers = self._block_device(
+                appliance, "init", "create", "getval:image-block-device", "getval:image-block-devices", "writefstab"
+            )
+            self._facts = dataclasses.replace(
+                self._facts,
+                image_block_device=answers["getval:image-block-device"],
+                image_block_devices=answers["getval:image-block-devices"],
+            )
+        with self._step(_STEPS[2]):
+            command = [f"{_GUEST_SCRIPTS}/tree.sh", "copy_tree", contract.BUILT, contract.TREE]
+            result = appliance.run(command, _RUNNER_PATH, contract.GUEST)
+            if result.exit_status != 0 and "No space left on device" in result.tail:
+                raise ApplianceError(
+                    f"copying the tree of {tree_kib // 1024} MiB into the image: no space left in the image of "
+                    f"{size_kib // 1024} MiB",
+                    hint="give a larger --size, or --size auto",
+                )
+            result.check("copying the tree into the image")
+
+    def _finish_image(self, appliance: Appliance) -> None:
+        with self._step(_STEPS[3]):
+            points = self._plan.layout.block_devices.mount_points.split("|")
+            self._guest(appliance, "cleaning the image", "tree.sh", "clean", contract.TREE, *points)
+            self._block_device(appliance, "umount", "cleanup")
+
+    def _block_device(self, appliance: Appliance, *commands: str) -> dict[str, str]:
+        """Run commands of dib-block-device in the appliance; return what its getvals printed."""
+        answers = f"{contract.BUILD_DIR}/answers.json"
+        variables = contract.for_phase(self._facts, Phase.BLOCK_DEVICE)
+        output = _Lines(self._monitor.output)
+        result = appliance.run(
+            ["/usr/bin/python3", "-S", f"{_GUEST_SCRIPTS}/block-device.py", answers, *commands],
+            variables | {"PYTHONPATH": contract.SITE},
+            contract.OUT,
+            on_output=output.feed,
+        )
+        if result.exit_status != 0:
+            raise ApplianceError(
+                f"making the image disk: {output.last}",
+                hint="is --size large enough for all partitions? dib-block-device's output is in the log",
+            )
+        values: dict[str, str] = json.loads(appliance.read(answers))
+        return values
+
+    # ---- outputs ----
+
+    @contextlib.contextmanager
+    def _outputs(self) -> Iterator[_Outputs]:
+        outputs = _Outputs(self._plan, self._workspace)
+        try:
+            yield outputs
+        except BaseException:
+            outputs.discard()
+            raise
+
+
+class _PhaseScripts:
+    """Follows the events of one phase, and turns its end into results or an error."""
+
+    def __init__(self, phase: Phase, owners: object, monitor: Monitor) -> None:
+        self._phase = phase
+        self._owners = owners if isinstance(owners, dict) else dict(owners)  # type: ignore[call-overload]
+        self._monitor = monitor
+        self._listed = False
+        self._running: tuple[str, float] | None = None
+        self.results: list[ScriptResult] = []
+
+    def event(self, event: Event) -> None:
+        """Take one event of ``guest/run-phase.sh``."""
+        words = event.words
+        if event.name == "list":
+            self._listed = True
+            self._monitor.phase_started(self._phase.directory, words)
+        elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
+            self._running = (words[0], _seconds(words[1]))
+            self._monitor.script_started(words[0])
+        elif event.name == "end" and len(words) == 3 and self._running:  # noqa: PLR2004 - NAME STATUS SECONDS
+            name, begun = self._running
+            self._running = None
+            status = int(words[1]) if words[1].isdigit() else 1
+            result = ScriptResult(
+                phase=self._phase,
+                name=name,
+                element=self._owners.get(f"{self._phase.directory}/{name}"),
+                exit_status=status,
+                seconds=max(0.0, _seconds(words[2]) - begun),
+            )
+            self.results.append(result)
+            self._monitor.script_finished(result)
+
+    def end(self, exit_status: int) -> None:
+        """Take the status of the whole phase.
+
+        Raises:
+            ScriptError: naming the script that failed, or environment.d.
+        """
+        if not self._listed:
+            self._monitor.phase_started(self._phase.directory, ())
+        if exit_status == 0:
+            return
+        failed = self.results[-1] if self.results and self.results[-1].exit_status != 0 else None
+        if failed is None:
+            raise ScriptError(
+                f"{self._phase.directory}: its scripts could not be run, exit status {exit_status}",
+                hint="the last lines of the log say why; a file in environment.d may be at fault",
+            )
+        element = f" of element '{failed.element}'" if failed.element else ""
+        how = f"exit status {failed.exit_status}"
+        if failed.signal_name:
+            how += f" ({failed.signal_name})"
+        raise ScriptError(
+            f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s"
+        )
+
+
+class _Lines:
+    """Passes output on and remembers its last line that says something."""
+
+    def __init__(self, sink: Callable[[bytes], None]) -> None:
+        self._sink = sink
+        self._end = b""
+
+    def feed(self, data: bytes) -> None:
+        self._sink(data)
+        self._end = (self._end + data)[-4096:]
+
+    @property
+    def last(self) -> str:
+        lines = [line.strip() for line in self._end.decode(errors="replace").splitlines() if line.strip()]
+        return "".join(c if c.isprintable() else "?" for c in lines[-1]) if lines else "no reason given"
+
+
+class _Outputs:
+    """The files of one build, beside their final names until all are complete."""
+
+    def __init__(self, plan: BuildPlan, workspace: Path) -> None:
+        self._plan = plan
+        self._workspace = workspace
+        self._directory = plan.spec.output_dir
+        self._partial: list[tuple[Path, Path, formats.DiskFormat | None]] = []
+
+    def add(self, appliance: Appliance) -> bool:
+        """Take over what the elements left in their working directory, the future ``NAME.d``."""
+        archive = self._workspace / "out.tar"
+        appliance.archive(contract.OUT, archive)
+        partial = self._new(f"{self._plan.spec.name}.d", None)
+        partial.mkdir()
+        count = staging.copy_out(archive, partial, limit_bytes=_OUT_LIMIT_BYTES)
+        archive.unlink()
+        return count > 0
+
+    def convert(self, output: formats.DiskFormat, disk: Path) -> None:
+        """Write one format."""
+        spec = self._plan.spec
+        partial = self._new(f"{spec.name}.{output.suffix}", output)
+        formats.write(output, disk, partial, compress=spec.compress, options=spec.qemu_img_options)
+
+    def publish(self, has_files: bool) -> tuple[Artifact, ...]:
+        """Give every file its name; what had that name before is replaced."""
+        artifacts = []
+        for partial, final, output in self._partial:
+            if output is None:
+                if final.is_dir() and not final.is_symlink():
+                    shutil.rmtree(final)
+                if not has_files:
+                    partial.rmdir()
+                    continue
+            os.replace(partial, final)
+            artifacts.append(_artifact(final, output))
+        self._partial.clear()
+        return tuple(artifacts)
+
+    def discard(self) -> None:
+        """Remove the partial files, and nothing else, unless the user wants to keep them."""
+        if not self._plan.spec.delete_on_failure:
+            return
+        for partial, _final, _output in self._partial:
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
+
+    def _new(self, name: str, output: formats.DiskFormat | None) -> Path:
+        partial = self._directory / f".{name}.{self._workspace.name.rpartition('-')[2]}.partial"
+        self._partial.append((partial, self._directory / name, output))
+        return partial
+
+
+def _artifact(path: Path, output: formats.DiskFormat | None) -> Artifact:
+    if output is None:
+        size = sum(entry.stat().st_blocks * 512 for entry in path.rglob("*") if entry.is_file())
+        return Artifact(path=path, format="directory", allocated_bytes=size)
+    return Artifact(
+        path=path,
+        format=output.name,
+        allocated_bytes=path.stat().st_blocks * 512,
+        virtual_bytes=formats.virtual_size_bytes(path, output),
+    )
+
+
+def _make_image_disk(path: Path, size_bytes: int) -> None:
+    try:
+        with path.open("xb") as stream:
+            stream.truncate(size_bytes)
+    except OSError as error:
+        raise ToolError(
+            f"making an image disk of {size_bytes // 1024**2} MiB in '{path.parent}': {error.strerror}",
+            hint="set TMPDIR to a directory whose file system allows sparse files of that length",
+        ) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

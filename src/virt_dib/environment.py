@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variables a script sees: one table, after contract section 1.5."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import yaml
+
+from virt_dib.elements import Element
+from virt_dib.spec import BuildSpec, Phase, Where
+
+GUEST = "/dib"
+"""Where the guest sees the build disk."""
+BUILD_DIR = f"{GUEST}/build"
+TREE = f"{BUILD_DIR}/mnt"
+BUILT = f"{BUILD_DIR}/built"
+HOOKS = f"{BUILD_DIR}/hooks"
+IMAGE_DIR = f"{GUEST}/image"
+HOME = f"{GUEST}/home"
+OUT = f"{GUEST}/out"
+SITE = f"{GUEST}/site"
+PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
+
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PYTHON = "/usr/bin/python3"
+_TRACE_PREFIX = "+ ${BASH_SOURCE:-}:${LINENO}: "
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockDevices:
+    """What dib-block-device says of the configuration (contract section 3.1)."""
+
+    root_label: str
+    root_fstype: str
+    boot_label: str
+    mount_points: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What the values are made of. The last four are known only once the image disk is."""
+
+    spec: BuildSpec
+    elements: Sequence[Element]
+    element_dirs: Mapping[str, str]
+    """Element name to its directory in the guest."""
+    elements_path: Sequence[str]
+    """The search path in the guest."""
+    block_devices: BlockDevices
+    host_environment: Mapping[str, str] = field(default_factory=dict)
+    """The environment of virt-dib, for extra-data.d."""
+    image_size_kib: int | None = None
+    image_block_device: str | None = None
+    image_block_devices: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Variable:
+    name: str
+    value: Callable[[Facts, Phase], str | None]
+    """None: the variable is not set."""
+    user_wins: bool = False
+    """DIB takes the user's value where there is one."""
+
+
+def _always(text: str) -> Callable[[Facts, Phase], str]:
+    return lambda _facts, _phase: text
+
+
+def _target_root(_facts: Facts, phase: Phase) -> str | None:
+    return TREE if phase in (Phase.ROOT, Phase.CLEANUP) else None
+
+
+def _image_size(facts: Facts, phase: Phase) -> str | None:
+    if phase in (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP):
+        return None if facts.image_size_kib is None else str(facts.image_size_kib)
+    if facts.spec.size_bytes is None:
+        return facts.spec.variables.get("DIB_IMAGE_SIZE")
+    return f"{facts.spec.size_bytes / 1024**3:g}"
+
+
+def _since_pre_finalise(get: Callable[[Facts], str | None]) -> Callable[[Facts, Phase], str | None]:
+    phases = (Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP)
+    return lambda facts, phase: get(facts) if phase in phases else None
+
+
+def _home(_facts: Facts, phase: Phase) -> str:
+    return "/root" if phase.where is Where.CHROOT else HOME
+
+
+def _path(_facts: Facts, phase: Phase) -> str:
+    # DIB quotes the dollar, so that its shell does not put the host's PATH there (contract section 1.4).
+    return f"$PATH:{_SYSTEM_PATH}" if phase.where is Where.CHROOT else _SYSTEM_PATH
+
+
+_TABLE: tuple[_Variable, ...] = (
+    _Variable("HOME", _home),
+    _Variable("PATH", _path),
+    _Variable("USER", _always("root")),
+    _Variable("LOGNAME", _always("root")),
+    _Variable("SHELL", _always("/bin/bash")),
+    _Variable("LC_ALL", _always("C")),
+    _Variable("PS4", _always(_TRACE_PREFIX)),
+    _Variable("_LIB", _always(f"{SITE}/diskimage_builder/lib")),
+    _Variable("DIB_PYTHON_EXEC", _always(_PYTHON)),
+    _Variable("DIB_ARGS", lambda facts, _: " ".join(facts.spec.arguments)),
+    _Variable("DIB_ENV", lambda facts, _: declarations(facts.spec.variables)),
+    _Variable("DIB_DEBUG_TRACE", lambda facts, _: str(facts.spec.debug_level)),
+    _Variable("ARCH", lambda facts, _: facts.spec.arch),
+    _Variable("IMAGE_NAME", lambda facts, _: facts.spec.name),
+    _Variable("IMAGE_TYPE", _always("qcow2")),
+    _Variable("FS_TYPE", lambda facts, _: facts.spec.fs_type),
+    _Variable("ELEMENTS_PATH", lambda facts, _: ":".join(facts.elements_path)),
+    _Variable("IMAGE_ELEMENT", lambda facts, _: " ".join(element.name for element in facts.elements)),
+    _Variable("IMAGE_ELEMENT_YAML", lambda facts, _: yaml.safe_dump(dict(facts.element_dirs))),
+    _Variable("DIB_IMAGE_CACHE", _always(f"{HOME}/.cache/image-create"), user_wins=True),
+    _Variable("DIB_LOCKFILES", _always(f"{HOME}/.cache/dib/lockfiles"), user_wins=True),
+    _Variable("DIB_OFFLINE", lambda facts, _: "" if facts.spec.network else "1", user_wins=True),
+    _Variable("DIB_CHECKSUM", lambda facts, _: "1" if facts.spec.checksum else "0", user_wins=True),
+    # There is no tmpfs to build in; the ramdisk elements would mount one in the chroot.
+    _Variable("DIB_NO_TMPFS", _always("1"), user_wins=True),
+    _Variable("DIB_MIN_TMPFS", _always("2"), user_wins=True),
+    _Variable("TMP_BUILD_DIR", _always(BUILD_DIR)),
+    _Variable("TMP_IMAGE_DIR", _always(IMAGE_DIR)),
+    _Variable("TMP_HOOKS_PATH", _always(HOOKS)),
+    _Variable("TMP_MOUNT_PATH", _always(TREE)),
+    _Variable("TARGET_ROOT", _target_root),
+    _Variable("OUT_IMAGE_PATH", _always("")),
+    _Variable("DIB_BLOCK_DEVICE_PARAMS_YAML", _always(PARAMS)),
+    _Variable("DIB_ROOT_LABEL", lambda facts, _: facts.block_devices.root_label),
+    _Variable("DIB_ROOT_FSTYPE", lambda facts, _: facts.block_devices.root_fstype),
+    _Variable("DIB_BOOT_LABEL", lambda facts, _: facts.block_devices.boot_label),
+    _Variable("DIB_MOUNTPOINTS", lambda facts, _: facts.block_devices.mount_points),
+    _Variable("DIB_IMAGE_SIZE", _image_size),
+    _Variable("IMAGE_BLOCK_DEVICE", _since_pre_finalise(lambda facts: facts.image_block_device)),
+    _Variable("IMAGE_BLOCK_DEVICES", _since_pre_finalise(lambda facts: facts.image_block_devices)),
+    _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
+    _Variable("COMPRESS_IMAGE", lambda facts, _: None if facts.spec.compress else ""),
+)
+
+_OF_THE_HOST_ONLY = re.compile(
+    r"""PATH|HOME|PWD|OLDPWD|SHLVL|_|TMP|TEMP|TMPDIR|SHELL|USER|LOGNAME|MAIL|HOSTNAME|TERM.*|DISPLAY|BASH.*|ENV|IFS
+    |CDPATH|PS[0-9]|LANG|LANGUAGE|LC_.*|LD_.*|PYTHON.*|VIRTUAL_ENV.*|CONDA.*|PYENV.*|XDG_.*|DBUS_.*|SSH_.*|GPG_.*
+    |XAUTHORITY|WAYLAND.*|SUDO_.*|SYSTEMD_.*|INVOCATION_ID|JOURNAL_STREAM|NOTIFY_SOCKET|LIBGUESTFS_.*|SUPERMIN.*
+    |VIRT_DIB_.*|MAKE.*|MFLAGS""",
+    re.VERBOSE,
+)
+"""Variables that mean something only on the host: places, sockets, sessions, loaders."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
+    """The environment of the scripts of *phase*.
+
+    What the user set is there in every phase. extra-data.d sees the host's environment besides
+    (manual, section ENVIRONMENT VARIABLES), without the variables that mean something only there.
+    """
+    variables: dict[str, str] = {}
+    if phase is Phase.EXTRA_DATA:
+        variables.update(_from_host(facts.host_environment))
+    variables.update(facts.spec.variables)
+    for variable in _TABLE:
+        if variable.user_wins and variable.name in facts.spec.variables:
+            continue
+        value = variable.value(facts, phase)
+        if value is not None:
+            variables[variable.name] = value
+        elif variable.name not in facts.spec.variables:
+            variables.pop(variable.name, None)
+    return variables
+
+
+def functions(facts: Facts, phase: Phase) -> str:
+    """Bash text that defines and exports DIB's functions for the phases outside the chroot.
+
+    Inside there are none: sudo drops exported functions on the way (contract section 1.4).
+    """
+    if phase.where is Where.CHROOT:
+        return ""
+    array = "".join(f"[{name}]={path} " for name, path in facts.element_dirs.items())
+    return (
+        'die() { local exitcode=$?; set +o xtrace; echo "$@"; exit $exitcode; }\n'
+        f"get_image_element_array() {{ echo {shlex.quote(array)}; }}\n"
+        "export -f die get_image_element_array\n"
+    )
+
+
+def exports(variables: Mapping[str, str]) -> str:
+    """Bash text that sets and exports *variables*."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
+
+
+def declarations(variables: Mapping[str, str]) -> str:
+    """The DIB_* of *variables* as bash's ``declare -p`` prints them (DIB_ENV since DIB 3.20.0)."""
+    chosen = sorted((name, value) for name, value in variables.items() if name.startswith("DIB_"))
+    return "\n".join(f"declare -x {name}={_declared(value)}" for name, value in chosen)
+
+
+def _declared(value: str) -> str:
+    if _CONTROL.search(value):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        escaped = escaped.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+        return "$'" + _CONTROL.sub(lambda match: f"\\{ord(match[0]):03o}", escaped) + "'"
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
+
+
+def _from_host(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if _NAME.fullmatch(name) and not _OF_THE_HOST_ONLY.fullmatch(name)
+    }

@@ -1,0 +1,60 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# setup.sh: make the appliance a place where the parts of elements that run outside the chroot
+# find what they find on a build host. Runs once, first, with the build disk on /sysroot.
+
+set -eu
+
+mkdir -p /dib
+mount --bind /sysroot /dib
+cd /dib
+
+# The host makes the build disk as an ordinary user; in the guest its files are root's.
+chown -R -h 0:0 build elements guest home image out site host-files jobs tmp
+chmod 1777 tmp
+chmod 755 build build/mnt
+
+# Temporary files go to the build disk, which is as large as the build needs.
+cp -a /tmp/. tmp/
+mount --bind tmp /tmp
+mount --bind tmp /var/tmp
+
+# Links that packages make when they are installed, and which no package's file list holds.
+[[ -e /usr/bin/awk ]] || ln -s gawk /usr/bin/awk
+[[ -e /usr/bin/which || ! -e /usr/bin/which.debianutils ]] || ln -s which.debianutils /usr/bin/which
+if [[ ! -e /etc/passwd ]]; then
+    if [[ -e /usr/share/base-passwd/passwd.master ]]; then
+        cp /usr/share/base-passwd/passwd.master /etc/passwd
+        cp /usr/share/base-passwd/group.master /etc/group
+    else
+        printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534::/nonexistent:/bin/false\n' >/etc/passwd
+        printf 'root:x:0:\ntty:x:5:\nnogroup:x:65534:\n' >/etc/group
+    fi
+fi
+install -D -m 755 guest/sudo.sh /usr/local/bin/sudo
+
+# DIB's Python modules, for every python3 of the appliance.
+for packages in /usr/lib/python3/dist-packages /usr/lib/python3*/site-packages; do
+    if [[ -d $packages ]]; then
+        echo /dib/site >"$packages/virt-dib.pth"
+    fi
+done
+
+hostname virt-dib
+printf '127.0.0.1 localhost virt-dib\n::1 localhost\n' >/etc/hosts
+# As on a build host: the new instance in the chroot takes these options over.
+mount -o remount,gid=5,mode=620,ptmxmode=666 /dev/pts
+modprobe -a loop dm_mod
+
+# Files of the host that variables or elements name, at the same path, read-only.
+while IFS= read -r -d '' path; do
+    mkdir -p "${path%/*}"
+    if [[ -d host-files$path ]]; then
+        mkdir -p "$path"
+    else
+        [[ -e $path ]] || : >"$path"
+    fi
+    mount --bind "host-files$path" "$path"
+    mount -o remount,ro,bind "$path"
+done <host-files.list

@@ -1,0 +1,103 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# tree.sh STEP ...: what the runner does to the image's tree between the phases.
+# The steps stand in the order in which a build takes them.
+
+set -eu
+
+# Mount the kernel's file systems in the tree (DIB's mount_proc_dev_sys).
+mount_kernel() {
+    local root=$1
+    mount -t proc none "$root/proc"
+    mount --bind /dev "$root/dev"
+    mount -t devpts -o "$(findmnt --first-only /dev/pts --noheadings --output OPTIONS)" devpts "$root/dev/pts"
+    mount -o ro -t sysfs none "$root/sys"
+}
+
+# Take down every mount below a directory, the deepest first (DIB's unmount_dir). Mount points named
+# after the directory stay: they are the block device's.
+unmount_below() {
+    local root=$1 point kept
+    shift
+    awk '{ print $2 }' /proc/self/mounts | LC_ALL=C sort -r | while IFS= read -r point; do
+        # The kernel writes blanks and the like in octal.
+        point=$(printf '%b' "${point//\\/\\0}")
+        [[ $point == "$root"/* ]] || continue
+        for kept in "$@"; do
+            [[ $kept == / || $point != "$root$kept" ]] || continue 2
+        done
+        umount -l "$point"
+    done
+}
+
+# After root.d: is there a tree; resolv.conf of the build in place of the image's own (DIB's create_base).
+after_root() {
+    local root=$1 hooks=$2 install_type=$3
+    if [[ -z $(find "$root" -mindepth 1 -maxdepth 1 ! -name lost+found ! -name tmp -print -quit) ]]; then
+        echo "no element put a root file system in place" >&2
+        exit 3
+    fi
+    mkdir -p "$root/etc" "$root/proc" "$root/dev/pts" "$root/sys" "$root/tmp"
+    if [[ -L $root/etc/resolv.conf || -f $root/etc/resolv.conf ]]; then
+        mv "$root/etc/resolv.conf" "$root/etc/resolv.conf.ORIG"
+    fi
+    if [[ -e /etc/resolv.conf ]]; then
+        cat /etc/resolv.conf >"$root/etc/resolv.conf"
+    else
+        echo nameserver 8.8.8.8 >"$root/etc/resolv.conf"
+    fi
+    chmod 777 "$root/etc/resolv.conf"
+    mkdir -p "$hooks/environment.d"
+    # shellcheck disable=SC2016 # expanded when the phases source it
+    printf 'export DIB_DEFAULT_INSTALLTYPE=${DIB_DEFAULT_INSTALLTYPE:-"%s"}\n' "$install_type" \
+        >"$hooks/environment.d/11-dib-install-type.bash"
+    mount_kernel "$root"
+}
+
+# After post-root.d: the tree leaves the place where the image's file systems will be mounted.
+# Prints the tree's size in KiB, as du counts it.
+set_aside() {
+    local root=$1 built=$2
+    rm -rf --one-file-system "$root/lost+found"
+    sync
+    unmount_below "$root"
+    mv "$root" "$built"
+    mkdir "$root"
+    du -s -x -k "$built" | cut -f1 >"${built%/*}/tree-size-kib"
+}
+
+# Copy the tree, dot files at its top included, into the mounted image.
+copy_tree() {
+    local built=$1 root=$2
+    cp -a "$built/." "$root/"
+    mount_kernel "$root"
+}
+
+# After cleanup.d: nothing of the build stays in the image (DIB's finalise_base).
+clean() {
+    local root=$1
+    shift
+    local resolv=$root/etc/resolv.conf
+    if [[ -L $resolv ]] || lsattr "$resolv" 2>/dev/null | grep -q '^....i'; then
+        rm -f "$resolv.ORIG"
+    else
+        rm -f "$resolv"
+        if [[ -L $resolv.ORIG || -f $resolv.ORIG ]]; then
+            mv "$resolv.ORIG" "$resolv"
+        fi
+    fi
+    unmount_below "$root/tmp"
+    find "$root/tmp" -mindepth 1 -maxdepth 1 -exec rm -rf --one-file-system {} +
+    if [[ -d $root/var/log ]]; then
+        find "$root/var/log" -type f -exec truncate -s 0 {} +
+    fi
+    if [[ -d $root/root ]]; then
+        find "$root/root" -name '*.log' -type f -delete
+    fi
+    unmount_below "$root" "$@"
+}
+
+step=$1
+shift
+"$step" "$@"

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image disk's layout: DIB's block device configuration, and the sizes DIB computes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from virt_dib import environment as contract
+from virt_dib import tools
+from virt_dib.dib import DibInstallation
+from virt_dib.elements import Element
+from virt_dib.environment import BlockDevices
+from virt_dib.errors import ToolError, UsageError
+from virt_dib.spec import BuildSpec
+
+_MIB = 1024
+"""In KiB, the unit of this module's sizes."""
+_IMAGE_STEP_KIB = 64
+_DEFAULT_JOURNAL_MIB = 64
+_EFI_EXTRA_KIB = 525 * _MIB
+_TREE_SHARE = 0.6
+_SLICE_BYTES = 1 << 41
+"""Room on the image disk for an image whose size is not known yet."""
+
+_FALLBACK = """\
+- local_loop:
+    name: image0
+    mkfs:
+      name: mkfs_root
+      mount:
+        mount_point: /
+        fstab:
+          options: "defaults"
+          fsck-passno: 1
+"""
+"""One file system on the whole disk: what DIB takes when no element brings a configuration."""
+
+_ANSWERS = {
+    "root_label": "getval:root-label",
+    "root_fstype": "getval:root-fstype",
+    "boot_label": "getval:boot-label",
+    "mount_points": "getval:mount-points",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """One disk image the configuration makes, a ``local_loop`` node of DIB's."""
+
+    name: str
+    directory: str
+    """In the guest; dib-block-device opens ``DIRECTORY/NAME.raw`` there."""
+    offset_bytes: int
+    """On the image disk."""
+    size_bytes: int | None
+    """None: the size of the build (``--size``, or computed from the tree)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What is decided about the image disk before the appliance starts."""
+
+    config: str
+    """DIB's block device configuration, YAML."""
+    params: Mapping[str, Any]
+    """The parameters of dib-block-device in the guest (contract section 3.2), sizes and mkfs options aside."""
+    block_devices: BlockDevices
+    images: Sequence[Image]
+    disk_bytes: int
+    """Length of the image disk, nearly all of it a hole."""
+
+
+def guest_script(name: str) -> Path:
+    """The file *name* of those that come with virt-dib for the guest."""
+    return Path(str(resources.files("virt_dib"))) / "guest" / name
+
+
+def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, scratch: Path) -> Layout:
+    """Choose the configuration and have DIB itself check it, on the host, in the directory *scratch*.
+
+    Raises:
+        UsageError: the configuration cannot be read, or DIB refuses it.
+    """
+    config = _choose_config(spec, elements)
+    scratch.mkdir()
+    (scratch / "config.yaml").write_text(config)
+    params = {
+        "config": str(scratch / "config.yaml"),
+        "image-dir": str(scratch),
+        "root-fs-type": spec.fs_type,
+        "root-label": spec.root_label,
+        "mount-base": str(scratch / "mnt"),
+        "build-dir": str(scratch),
+    }
+    answers = _ask(params, ["init", *_ANSWERS.values(), "check"], spec, dib, scratch)
+    nodes = json.loads((scratch / "states" / "block-device" / "config.json").read_text())
+    images = _images(nodes, spec)
+    guest_params = params | {
+        "config": f"{contract.BUILD_DIR}/block-device/config.yaml",
+        "image-dir": contract.IMAGE_DIR,
+        "mount-base": contract.TREE,
+        "build-dir": contract.BUILD_DIR,
+    }
+    return Layout(
+        config=config,
+        params=guest_params,
+        block_devices=BlockDevices(**{name: answers[key] for name, key in _ANSWERS.items()}),
+        images=images,
+        disk_bytes=max(image.offset_bytes + (image.size_bytes or _slice_bytes(spec)) for image in images),
+    )
+
+
+def image_size_kib(spec: BuildSpec, elements: Sequence[Element], root_fstype: str, tree_kib: int) -> int:
+    """The size of the image: ``--size``, or what DIB computes from the tree (contract section 1.7).
+
+    Raises:
+        UsageError: a variable that sizes depend on is not a number.
+    """
+    if spec.size_bytes is not None:
+        return spec.size_bytes // 1024
+    wanted = _number(spec, "DIB_IMAGE_SIZE")
+    extra = _number(spec, "DIB_IMAGE_EXTRA_SIZE")
+    if wanted is not None:
+        size_kib = int(wanted * _MIB * _MIB)
+    elif extra is not None:
+        size_kib = tree_kib + int(extra * _MIB)
+    else:
+        size_kib = int(tree_kib / _TREE_SHARE)
+    if wanted is None and root_fstype == "ext4":
+        size_kib += journal_mib(spec) * _MIB
+    if any("block-device-efi" in element.name for element in elements):
+        size_kib += _EFI_EXTRA_KIB
+    return -(-size_kib // _IMAGE_STEP_KIB) * _IMAGE_STEP_KIB
+
+
+def mkfs_options(spec: BuildSpec, root_fstype: str) -> str:
+    """The options of mkfs for the root file system, as one string (contract section 1.7)."""
+    options = spec.mkfs_options
+    if root_fstype == "ext4":
+        options = f"-i 4096 -J size={journal_mib(spec)} {options}"
+        if spec.variables.get("DIB_RELEASE") == "trusty":
+            # Its fsck does not know the checksums and takes them for damage.
+            options = f"-O ^metadata_csum {options}"
+    resize = spec.variables.get("MAX_ONLINE_RESIZE")
+    return f"-E resize={resize} {options}".strip() if resize else options.strip()
+
+
+def journal_mib(spec: BuildSpec) -> int:
+    """Size of the journal of an ext4 root, ``DIB_JOURNAL_SIZE`` or DIB's default."""
+    journal = _number(spec, "DIB_JOURNAL_SIZE")
+    return _DEFAULT_JOURNAL_MIB if journal is None else int(journal)
+
+
+def params_text(layout: Layout, *, size_kib: int | None = None, options: str = "") -> str:
+    """The parameter file of dib-block-device in the guest."""
+    params = dict(layout.params)
+    if size_kib is not None:
+        params["image-size"] = f"{size_kib}KiB"
+    if options:
+        params["root-fs-opts"] = options
+    return str(yaml.safe_dump(params))
+
+
+def _choose_config(spec: BuildSpec, elements: Sequence[Element]) -> str:
+    """DIB's order: the variable (text, or ``file://``), an element's file, one file system."""
+    given = spec.variables.get("DIB_BLOCK_DEVICE_CONFIG", "")
+    if given.startswith("file://"):
+        path = Path(given.removeprefix("file://"))
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise UsageError(
+                f"reading the block device configuration '{path}': {reason}",
+                hint="check DIB_BLOCK_DEVICE_CONFIG: file:// and an absolute path",
+            ) from error
+    if given:
+        return given
+    arch = "ppc64el" if spec.arch in ("ppc64le", "ppc64el") else spec.arch
+    for element in elements:
+        for name in (f"block-device-{arch}.yaml", "block-device-default.yaml"):
+            path = element.path / name
+            if path.is_file():
+                return path.read_text()
+    return _FALLBACK
+
+
+def _ask(
+    params: Mapping[str, Any], commands: Sequence[str], spec: BuildSpec, dib: DibInstallation, scratch: Path
+) -> Mapping[str, str]:
+    params_path, answers_path = scratch / "params.yaml", scratch / "answers.json"
+    params_path.write_text(yaml.safe_dump(dict(params)))
+    variables = {"DIB_BLOCK_DEVICE_PARAMS_YAML": str(params_path), "PATH": "/usr/bin:/bin"}
+    variables["PYTHONPATH"] = str(dib.package_dir.parent)
+    if "DIB_BLOCK_SIZE" in spec.variables:
+        variables["DIB_BLOCK_SIZE"] = spec.variables["DIB_BLOCK_SIZE"]
+    result = tools.run(
+        [dib.python or sys.executable, guest_script("block-device.py"), answers_path, *commands],
+        doing="checking the block device configuration",
+        environment=variables,
+        check=False,
+    )
+    if result.exit_status != 0:
+        said = result.stderr.strip().splitlines() or ["no reason given"]
+        if "ModuleNotFoundError" in said[-1]:
+            raise ToolError(f"running dib-block-device: {said[-1]}", hint="install diskimage-builder with pip")
+        raise UsageError(
+            f"diskimage-builder refuses the block device configuration: {said[-1]}",
+            hint="check DIB_BLOCK_DEVICE_CONFIG, the block-device element, --root-label and --fs-type",
+        )
+    answers: Mapping[str, str] = json.loads(answers_path.read_text())
+    return answers
+
+
+def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image, ...]:
+    images: list[Image] = []
+    offset_bytes = 0
+    for node in nodes:
+        loop = node.get("local_loop")
+        if loop is None:
+            continue
+        size_bytes = _config_size(loop["size"]) if "size" in loop else None
+        images.append(
+            Image(
+                name=loop["name"],
+                directory=loop.get("directory", contract.IMAGE_DIR),
+                offset_bytes=offset_bytes,
+                size_bytes=size_bytes,
+            )
+        )
+        offset_bytes += size_bytes or _slice_bytes(spec)
+    if not any(image.name == "image0" for image in images):
+        raise UsageError(
+            "the block device configuration has no local_loop named 'image0'",
+            hint="name the local_loop of the image's disk image0, as diskimage-builder wants it",
+        )
+    return tuple(images)
+
+
+def _slice_bytes(spec: BuildSpec) -> int:
+    return spec.size_bytes if spec.size_bytes is not None else _SLICE_BYTES
+
+
+_CONFIG_UNITS = (
+    ("TiB", 1024**4), ("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024),
+    ("TB", 1000**4), ("GB", 1000**3), ("MB", 1000**2), ("KB", 1000),
+    ("T", 1000**4), ("G", 1000**3), ("M", 1000**2), ("K", 1000), ("B", 1), ("", 1),
+)  # fmt: skip
+"""DIB's own units (diskimage_builder/block_device/utils.py): G is decimal there."""
+
+
+def _config_size(value: object) -> int:
+    text = str(value).strip()
+    for unit, factor in _CONFIG_UNITS:
+        if text.endswith(unit):
+            try:
+                return int(float(text.removesuffix(unit).strip() or "1") * factor) if unit else int(float(text))
+            except ValueError:
+                break
+    raise UsageError(
+        f"cannot use '{text}' as the size of a local_loop in the block device configuration",
+        hint="give a number and a unit, such as 10GiB",
+    )
+
+
+def _number(spec: BuildSpec, name: str) -> float | None:
+    text = spec.variables.get(name, "")
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise UsageError(f"cannot use '{text}' as {name}", hint=f"--envvar {name}=N wants a number greater than 0")
+    return number

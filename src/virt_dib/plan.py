@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be decided before the appliance starts, and everything wrong that can be known by then."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from virt_dib import dib, elements, formats, hooks, layout, tools
+from virt_dib import environment as contract
+from virt_dib.dib import DibInstallation
+from virt_dib.elements import Element
+from virt_dib.errors import PrerequisiteError, Problem, UsageError, VirtDibError
+from virt_dib.formats import DiskFormat
+from virt_dib.hooks import HookTree
+from virt_dib.layout import Layout
+from virt_dib.spec import BuildSpec, check_label
+from virt_dib.staging import Staging, wanted_host_files
+
+_T = TypeVar("_T")
+
+DEFAULT_MEMORY_MIB = 2048
+_MOST_CPUS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """One build, decided."""
+
+    spec: BuildSpec
+    dib: DibInstallation
+    elements: Sequence[Element]
+    hooks: HookTree
+    layout: Layout
+    formats: Sequence[DiskFormat]
+    staging: Staging
+    facts: contract.Facts
+    memory_mib: int
+    cpus: int
+
+
+def make_plan(
+    spec: BuildSpec,
+    workspace: Path,
+    problems: Sequence[Problem] = (),
+    *,
+    host_environment: Mapping[str, str] | None = None,
+) -> BuildPlan:
+    """Decide the build of *spec*; the build disk's content is gathered in *workspace* on the way.
+
+    Raises:
+        VirtDibError: all that is wrong, *problems* that were found before first.
+    """
+    found = _Findings(problems)
+    found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
+    found.tell(lambda: tools.require("qemu-img", purpose="write the image", package="qemu-utils"))
+    outputs = found.tell(lambda: formats.select(spec.formats))
+    installation = found.tell(lambda: dib.find_installation(spec.dib_library))
+    search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
+    chosen = found.tell(lambda: _choose(spec, search_path)) if installation else None
+    found.stop()
+    if chosen is None or installation is None or outputs is None:
+        raise AssertionError
+    staging = Staging(workspace / "staging")
+    tree = found.tell(lambda: hooks.compose(chosen, staging.hooks_dir, excluded_scripts=spec.excluded_scripts))
+    disk = found.tell(lambda: layout.prepare(spec, chosen, installation, workspace / "block-device"))
+    if disk is not None:
+        # The numbers in variables are looked at now, not after an hour.
+        found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0))
+        found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype))
+    found.stop()
+    if tree is None or disk is None:
+        raise AssertionError
+    environ = dict(os.environ if host_environment is None else host_environment)
+    places = _fill(staging, spec, installation, chosen, search_path, disk, environ)
+    return BuildPlan(
+        spec=spec,
+        dib=installation,
+        elements=chosen,
+        hooks=tree,
+        layout=disk,
+        formats=outputs,
+        staging=staging,
+        facts=contract.Facts(
+            spec=spec,
+            elements=chosen,
+            element_dirs=places,
+            elements_path=_guest_search_path(len(search_path), places),
+            block_devices=disk.block_devices,
+            host_environment=environ,
+        ),
+        memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
+        cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
+    )
+
+
+def _choose(spec: BuildSpec, search_path: Sequence[Path]) -> tuple[Element, ...]:
+    available = elements.discover(search_path)
+    wanted = elements.requested(spec.elements, arch=spec.arch, skip_base=spec.skip_base)
+    return elements.resolve(wanted, available, excluded=spec.excluded_elements)
+
+
+def _fill(
+    staging: Staging,
+    spec: BuildSpec,
+    installation: DibInstallation,
+    chosen: Sequence[Element],
+    search_path: Sequence[Path],
+    disk: Layout,
+    environ: Mapping[str, str],
+) -> Mapping[str, str]:
+    """Gather what the guest needs; return each element's directory in the guest."""
+    staging.add_guest_scripts()
+    python = tools.require("python3", purpose="run diskimage-builder in the appliance", package="python3")
+    system_python = Path("/usr/bin/python3")
+    staging.add_modules(dib.guest_modules(installation), system_python if system_python.exists() else python)
+    places = staging.add_elements(chosen, search_path)
+    home = environ.get("HOME")
+    for path, inside in wanted_host_files({**environ, **spec.variables}, chosen, Path(home) if home else None):
+        staging.add_host_file(path, inside)
+    staging.write("build/block-device/config.yaml", disk.config)
+    staging.write("build/block-device/params.yaml", layout.params_text(disk))
+    return places
+
+
+def _guest_search_path(count: int, places: Mapping[str, str]) -> tuple[str, ...]:
+    paths = [f"{contract.GUEST}/elements/{number}" for number in range(count)]
+    linked = f"{contract.GUEST}/elements/linked"
+    return (*paths, *([linked] if any(place.startswith(linked) for place in places.values()) else []))
+
+
+class _Findings:
+    """Collects what is wrong, so that it is told in one message."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self._problems = list(problems)
+        self._class: type[VirtDibError] = UsageError
+
+    def tell(self, ask: Callable[[], _T]) -> _T | None:
+        """The answer, or None when it is an error, which is kept."""
+        try:
+            return ask()
+        except VirtDibError as error:
+            if not self._problems or error.exit_status == UsageError.exit_status:
+                self._class = type(error)
+            self._problems += [problem for problem in error.problems if problem not in self._problems]
+            return None
+
+    def stop(self) -> None:
+        """Raise what was found, if anything: a usage error if there is one among it."""
+        if self._problems:
+            usage = issubclass(self._class, UsageError)
+            raise (UsageError if usage else PrerequisiteError if self._class is PrerequisiteError else self._class).of(
+                self._problems
+            )

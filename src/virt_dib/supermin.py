@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private supermin directory: what our appliance holds beyond libguestfs's own.
+
+supermin builds the appliance from a list of the host's packages. A directory of ours, first on
+libguestfs's path, holds links to the system's lists and one more: the tools that elements run outside
+the chroot. Making it needs no root. The directory is named after its content, so that two versions of
+virt-dib, or a host whose packages changed, never share an appliance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from virt_dib.errors import PrerequisiteError
+
+PACKAGES = (
+    # what DIB's own programs need
+    "python3", "python3-minimal", "bash", "findutils", "gawk", "sed", "grep", "debianutils", "hostname", "procps",
+    "login", "passwd", "base-passwd", "util-linux", "util-linux-extra", "mount",
+    # bootstrap tools of the Debian family, and of the others where the host has them
+    "debootstrap", "mmdebstrap", "apt", "dpkg", "perl", "perl-base", "gpgv", "gnupg", "gpg",
+    "debian-archive-keyring", "ubuntu-keyring", "distro-info-data", "arch-test",
+    "dnf", "dnf-utils", "dnf-plugins-core", "yum", "yum-utils", "rpm", "rpm2cpio", "zypper", "pacman-package-manager",
+    # fetching and unpacking
+    "ca-certificates", "curl", "wget", "git", "rsync", "jq", "openssl", "tar", "xz-utils", "zstd", "unzip", "bzip2",
+    "qemu-utils", "squashfs-tools", "cpio",
+    # block devices and file systems
+    "dmsetup", "kpartx", "gdisk", "fdisk", "parted", "dosfstools", "mtools", "e2fsprogs", "xfsprogs", "btrfs-progs",
+    "lvm2", "thin-provisioning-tools", "udev",
+    # isolinux images, ARM boot images, containers
+    "genisoimage", "mkisofs", "xorriso", "isolinux", "syslinux-common", "u-boot-tools", "podman",
+)  # fmt: skip
+"""Names of packages; supermin passes over those the host does not have."""
+
+HOST_FILES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ca-certificates.conf",
+    "/etc/mke2fs.conf",
+    "/etc/protocols",
+    "/etc/services",
+    "/usr/share/keyrings/*.gpg",
+)
+"""Files that no package's list holds, or that the host's administrator changed. Globs."""
+
+
+def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
+    """A directory to put first on libguestfs's path; libguestfs keeps its appliance there too.
+
+    Raises:
+        PrerequisiteError: libguestfs has no ``supermin.d``, or the cache cannot be written.
+    """
+    system = next((Path(part, "supermin.d") for part in library_path if Path(part, "supermin.d").is_dir()), None)
+    if system is None:
+        raise PrerequisiteError(
+            f"no supermin.d in libguestfs's path '{':'.join(library_path)}'",
+            hint="install libguestfs with its appliance: apt-get install libguestfs0 supermin",
+        )
+    texts = {"zz-virt-dib-packages": "\n".join(PACKAGES) + "\n", "zz-virt-dib-hostfiles": "\n".join(HOST_FILES) + "\n"}
+    directory = cache_dir / f"appliance-{_content_id(system, texts)}"
+    if (directory / "supermin.d").is_dir():
+        return directory
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=cache_dir) as made:
+            inside = Path(made, "new", "supermin.d")
+            inside.mkdir(parents=True)
+            for entry in system.iterdir():
+                (inside / entry.name).symlink_to(entry)
+            for name, text in texts.items():
+                (inside / name).write_text(text)
+            with contextlib.suppress(FileExistsError, OSError):
+                os.rename(inside.parent, directory)
+    except OSError as error:
+        raise PrerequisiteError(
+            f"cannot write the appliance's files in '{cache_dir}': {error.strerror}",
+            hint="set XDG_CACHE_HOME to a directory that you can write",
+        ) from error
+    if not (directory / "supermin.d").is_dir():
+        raise PrerequisiteError(f"cannot make '{directory}'", hint="remove what is in its place")
+    return directory
+
+
+def _content_id(system: Path, texts: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for entry in sorted(system.iterdir()):
+        state = entry.stat()
+        digest.update(f"{entry}:{state.st_size}:{state.st_mtime_ns}\n".encode())
+    for name, text in sorted(texts.items()):
+        digest.update(f"{name}\n{text}".encode())
+    # supermin itself sees when a package changes, but not when one of these files does.
+    for pattern in HOST_FILES:
+        for name in sorted(glob.glob(pattern)):
+            state = os.stat(name)
+            digest.update(f"{name}:{state.st_size}:{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
