@@ -131,12 +131,15 @@ class _Splitter:
 class Appliance:
     """A running appliance. Made by :func:`open_appliance`."""
 
-    def __init__(self, handle: Any, settings: Settings) -> None:
-        self._handle = handle
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._caller = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="libguestfs")
+        # In the thread that will use it: libguestfs keeps a handler of errors for each thread, the
+        # binding silences that of the creating one, and any other would print to standard error.
+        self._handle = self._caller.submit(_handle, settings).result()
         self._jobs = 0
         self._pid: int | None = None
+        self._running = True
 
     # ---- life ----
 
@@ -162,12 +165,13 @@ class Appliance:
             ApplianceError: the disks could not be written.
         """
         self._call("writing the disks", self._handle.shutdown, timeout_s=_STOP_TIMEOUT_S)
+        self._running = False
 
     def close(self) -> None:
         """End the virtual machine if it still runs, without a word to it, and free everything."""
         self._kill()
-        self._caller.submit(self._handle.close)
-        self._caller.shutdown(wait=True)
+        self._caller.submit(self._handle.close).result()
+        self._caller.shutdown()
 
     # ---- work ----
 
@@ -315,6 +319,9 @@ class Appliance:
 
     def _kill(self) -> None:
         """End the virtual machine now. Before its id is known, everything libguestfs has started."""
+        if not self._running:
+            return
+        self._running = False
         pids = [self._pid] if self._pid is not None else _children()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -368,7 +375,7 @@ def open_appliance(settings: Settings) -> Iterator[Appliance]:
     problem = binding_problem()
     if problem is not None:
         raise PrerequisiteError(problem.message, hint=problem.hint)
-    appliance = Appliance(_handle(settings), settings)
+    appliance = Appliance(settings)
     try:
         appliance.start()
         yield appliance

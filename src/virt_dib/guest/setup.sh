@@ -41,6 +41,12 @@ for packages in /usr/lib/python3/dist-packages /usr/lib/python3*/site-packages; 
     fi
 done
 
+# Without these, '> /dev/stderr' would make a file.
+for link in stdin:0 stdout:1 stderr:2; do
+    ln -sfn "/proc/self/fd/${link#*:}" "/dev/${link%:*}"
+done
+[[ -e /dev/fd ]] || ln -s /proc/self/fd /dev/fd
+
 hostname virt-dib
 printf '127.0.0.1 localhost virt-dib\n::1 localhost\n' >/etc/hosts
 # As on a build host: the new instance in the chroot takes these options over.

@@ -38,7 +38,7 @@ after_root() {
         echo "no element put a root file system in place" >&2
         exit 3
     fi
-    mkdir -p "$root/etc" "$root/proc" "$root/dev/pts" "$root/sys" "$root/tmp"
+    mkdir -p "$root/etc" "$root/proc" "$root/dev" "$root/sys" "$root/tmp"
     if [[ -L $root/etc/resolv.conf || -f $root/etc/resolv.conf ]]; then
         mv "$root/etc/resolv.conf" "$root/etc/resolv.conf.ORIG"
     fi

@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user sees of a build: the log file, lines on standard output, a status line on a terminal.
+
+What scripts print is hostile. The log gets it byte for byte; a terminal gets only what
+:class:`Sanitiser` lets through.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TextIO, final
+
+from virt_dib.errors import Interrupted, ToolError, VirtDibError
+from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
+
+_TAIL_BYTES = 64 * 1024
+_TAIL_COLUMNS = 500
+_STATUS_INTERVAL_S = 0.2
+_STOP_TIMEOUT_S = 1.0
+_DEFAULT_COLUMNS = 80
+_GREEN, _YELLOW, _BOLD = "32", "33", "1"
+
+
+class Monitor(Protocol):
+    """Follows a build. What it is told may hold anything the guest printed."""
+
+    def message(self, text: str) -> None:
+        """Show something virt-dib itself has to say, once."""
+
+    def warning(self, text: str) -> None:
+        """As message, for what the user should look at."""
+
+    def phase_started(self, title: str, scripts: Sequence[str]) -> None:
+        """Take the start of a phase or a step; *scripts* are the names known now, more may come."""
+
+    def script_started(self, name: str) -> None:
+        """Take the start of a script of the phase."""
+
+    def output(self, data: bytes) -> None:
+        """Take some of what the script or step prints, cut anywhere."""
+
+    def script_finished(self, result: ScriptResult) -> None:
+        """Take the end of the script, however it went."""
+
+    def phase_finished(self, result: PhaseResult) -> None:
+        """Take the end of the phase or step."""
+
+
+# ---- text that does no harm ----
+
+_STRING_LIMIT = 1024
+_CSI = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
+_STRING = rf"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x0a\x1b\x80-\x9f]{{0,{_STRING_LIMIT}}}"
+_ESCAPE = r"\x1b[ -/]{0,8}"
+_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+
+_HARMFUL = re.compile(rf"{_CSI}[@-~]|{_STRING}(?:\x07|\x1b\\|\x9c)|{_ESCAPE}[0-~]|{_CONTROL}")
+"""Whole escape sequences (ECMA-48, 7-bit and 8-bit), other control characters, and what turns the
+direction of text around. The parts of a sequence have limits, lest one that never ends hide the rest."""
+_OPEN = re.compile(rf"(?:{_CSI}|{_STRING}\x1b?|{_ESCAPE})\Z")
+"""What may become a whole sequence with more text. Never begins within a whole one."""
+_LONGEST_OPEN = _STRING_LIMIT + 8
+
+
+class Sanitiser:
+    """Bytes in pieces of any size to text that is safe on a terminal, as it comes.
+
+    Tab and newline are the only control characters in it. A carriage return starts a new line, so
+    that each state of a progress bar is a line. The text does not depend on how the bytes were cut,
+    and no more than some thousand characters are held back.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._open = ""
+        self._return = ""
+        self._at_line_start = True
+
+    def feed(self, data: bytes) -> str:
+        """Return the text that *data* adds."""
+        text = self._open + self._decoder.decode(data)
+        found = _OPEN.search(text, max(0, len(text) - _LONGEST_OPEN))
+        end = found.start() if found else len(text)
+        self._open = text[end:]
+        text = self._return + _HARMFUL.sub("", text[:end])
+        kept = text.rstrip("\r")
+        self._return = text[len(kept) :][:1]
+        return self._break_lines(kept)
+
+    def finish(self) -> str:
+        """Return what was held back, and be ready for another stream."""
+        text = self._open + self._decoder.decode(b"", final=True)
+        text = self._break_lines(self._return + _HARMFUL.sub("", text))
+        self._decoder.reset()
+        self._open = self._return = ""
+        self._at_line_start = True
+        return text
+
+    def _break_lines(self, text: str) -> str:
+        if "\r" in text:
+            text = re.sub(r"\r+\n", "\n", text)
+            if self._at_line_start:
+                text = text.lstrip("\r")
+            text = re.sub(r"\r+", "\n", re.sub(r"\n\r+", "\n", text))
+        if text:
+            self._at_line_start = text.endswith("\n")
+        return text
+
+
+def printable(text: str) -> str:
+    """*text* made safe for a terminal; lines stay lines."""
+    sanitiser = Sanitiser()
+    return sanitiser.feed(text.encode("utf-8", "replace")) + sanitiser.finish()
+
+
+def write_out(stream: TextIO, text: str) -> bool:
+    """Write *text* to *stream* at once; False when nobody reads it any more.
+
+    Characters that *stream* cannot encode become question marks. After False the stream leads
+    nowhere, so that the interpreter's own flush at exit does not fail either.
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, stream.fileno())
+            finally:
+                os.close(nowhere)
+        return False
+    return True
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether *stream* is a terminal that shows colours and the user wants them."""
+    return _is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def coloured(text: str, code: str) -> str:
+    """*text* between the escape sequences of the SGR *code*."""
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", " ").replace("\t", " ")
+
+
+# ---- the two places text goes to ----
+
+
+class _Log:
+    """The log of one build. A log of that name is replaced once the new one is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.newlines = 0
+        self.at_line_start = True
+        self._ended = False
+        # A fresh name: whatever bears the final one, a link perhaps, is replaced and never written to.
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            self._descriptor = os.open(partial, flags, 0o666)
+            try:
+                partial.replace(path)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                os.close(self._descriptor)
+                raise
+        except OSError as error:
+            raise ToolError(
+                f"creating the log '{path}': {error.strerror}",
+                hint="build in a directory you can write, or name another with --name DIRECTORY/NAME",
+            ) from error
+
+    def write(self, data: bytes) -> None:
+        """Append *data*; it is in the file when this returns.
+
+        Raises:
+            ToolError: the first time it cannot be written; after that nothing is.
+        """
+        if self._ended or not data:
+            return
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            self._ended = True
+            raise ToolError(
+                f"writing the log '{self.path}': {error.strerror}", hint="make space in that directory"
+            ) from error
+        self.newlines += data.count(b"\n")
+        self.at_line_start = data.endswith(b"\n")
+
+    def write_line(self, text: str) -> None:
+        """Append a line of ours, on a line of its own."""
+        start = b"" if self.at_line_start else b"\n"
+        self.write(start + text.encode("utf-8", "replace") + b"\n")
+
+    def close(self) -> None:
+        """End the log; what is written later is dropped."""
+        self._ended = True
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+
+class _Screen:
+    """Standard output: text, and on a terminal a status line below it while a line is complete."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.is_terminal = _is_terminal(stream)
+        self._stream = stream
+        self._colour = wants_colour(stream)
+        self._at_line_start = True
+        self._alive = True
+        self._status = ""
+
+    def write(self, text: str) -> None:
+        """Show *text*, which is safe, where the last one ended."""
+        if text:
+            self._put(self._erasing() + text)
+            self._at_line_start = text.endswith("\n")
+
+    def write_line(self, text: str, colour: str) -> None:
+        """Show a line of ours, on a line of its own."""
+        start = "" if self._at_line_start else "\n"
+        self.write(start + (coloured(text, colour) if self._colour else text) + "\n")
+
+    def show_status(self, left: str, right: str) -> None:
+        """Replace the status line; *left* is cut when the terminal is too narrow for both."""
+        if not self._at_line_start:
+            return
+        width = max(1, self._columns() - 1)
+        # One column per character, whatever the terminal's idea of wide ones.
+        left = left.encode("ascii", "replace").decode()
+        room = width - len(right) - 2
+        if len(left) > room:
+            left = left[: max(0, room - 3)] + "..."
+        text = f"{left}  {right}"[:width]
+        if text != self._status:
+            self._put(self._erasing() + (coloured(text, _BOLD) if self._colour else text))
+            self._status = text
+
+    def clear_status(self) -> None:
+        """Leave the terminal as if there had been no status line."""
+        self._put(self._erasing())
+
+    def _erasing(self) -> str:
+        erasing = "\r\x1b[K" if self._status else ""
+        self._status = ""
+        return erasing
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or _DEFAULT_COLUMNS
+        except (OSError, ValueError):
+            return _DEFAULT_COLUMNS
+
+    def _put(self, text: str) -> None:
+        if self._alive and text:
+            self._alive = write_out(self._stream, text)
+
+
+# ---- the monitor ----
+
+
+@final
+class BuildMonitor:
+    """The monitor of the command line, and the owner of the log; a context manager.
+
+    The log gets everything. *stream* gets our lines and the scripts' output as it comes, with
+    *verbose* the time of each script too, with *quiet* only warnings. Methods may be called from
+    any thread.
+    """
+
+    def __init__(self, *, log_path: Path, stream: TextIO, quiet: bool, verbose: bool, total_phases: int) -> None:
+        self._log_path = log_path
+        self._screen = _Screen(stream)
+        self._quiet = quiet
+        self._verbose = verbose
+        self._total_phases = total_phases
+        self._begun = time.monotonic()
+        self._lock = threading.RLock()
+        self._log: _Log | None = None
+        self._sanitiser = Sanitiser()
+        self._tail = b""
+        self._line_number = 1
+        self._phase, self._phase_number = "", 0
+        self._scripts: Sequence[str] = ()
+        self._script, self._script_number = "", 0
+        self._stopping = threading.Event()
+        self._redrawing: threading.Thread | None = None
+
+    @property
+    def log_path(self) -> Path:
+        """The log of this build."""
+        return self._log_path
+
+    @property
+    def line_number(self) -> int:
+        """The line of the log where the output of the current script or step starts, from 1."""
+        return self._line_number
+
+    def __enter__(self) -> BuildMonitor:
+        """Open the log.
+
+        Raises:
+            ToolError: it cannot be created; an earlier one is as it was.
+        """
+        self._log = _Log(self._log_path)
+        if self._screen.is_terminal and not self._quiet:
+            self._redrawing = threading.Thread(target=self._redraw, name="status line", daemon=True)
+            self._redrawing.start()
+        return self
+
+    def __exit__(
+        self,
+        exception_class: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the log, with the error that ended the build as its last lines."""
+        self._stopping.set()
+        if self._redrawing is not None:
+            # A terminal that is held (Ctrl-S) may keep it; it is not worth waiting for.
+            self._redrawing.join(_STOP_TIMEOUT_S)
+        with self._lock:
+            self._end_output()
+            self._screen.clear_status()
+            with contextlib.suppress(VirtDibError):
+                for text in _last_words(exception):
+                    self._say(text, shown=False)
+            if self._log is not None:
+                self._log.close()
+
+    def tail(self, lines: int = 20) -> tuple[str, ...]:
+        """The last *lines* the current script or step printed, safe to show, each cut to 500 characters."""
+        sanitiser = Sanitiser()
+        with self._lock:
+            kept = self._tail
+        found = (sanitiser.feed(kept) + sanitiser.finish()).split("\n")
+        if len(kept) == _TAIL_BYTES and len(found) > 1:
+            del found[0]  # its beginning is not there
+        if found and not found[-1]:
+            del found[-1]
+        cut = [line if len(line) <= _TAIL_COLUMNS else line[: _TAIL_COLUMNS - 1] + "…" for line in found]
+        return tuple(cut[-lines:]) if lines > 0 else ()
+
+    # ---- Monitor ----
+
+    def message(self, text: str) -> None:
+        """Show and log *text*, each line of it as one of ours."""
+        with self._lock:
+            for line in printable(text).split("\n"):
+                if line.strip():
+                    self._say(line)
+
+    def warning(self, text: str) -> None:
+        """Show, even when quiet, and log *text*."""
+        with self._lock:
+            self._say(f"warning: {text}", shown=True, colour=_YELLOW)
+
+    def phase_started(self, title: str, scripts: Sequence[str]) -> None:
+        """Begin a phase. Its own line is left out when those of its scripts follow at once."""
+        with self._lock:
+            self._end_output()
+            self._phase, self._phase_number = title, self._phase_number + 1
+            self._scripts = tuple(scripts)
+            self._script, self._script_number = "", 0
+            if not scripts:
+                self._say(title)
+            self._begin_output()
+
+    def script_started(self, name: str) -> None:
+        """Begin a script."""
+        with self._lock:
+            self._end_output()
+            self._script, self._script_number = name, self._script_number + 1
+            self._say(f"{self._phase}/{name}")
+            self._begin_output()
+
+    def output(self, data: bytes) -> None:
+        """Log *data* as it is and show what of it is safe.
+
+        Raises:
+            ToolError: the log cannot be written.
+        """
+        with self._lock:
+            self._tail = (self._tail + data[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+            if not self._quiet:
+                self._screen.write(self._sanitiser.feed(data))
+            if self._log is not None:
+                self._log.write(data)
+
+    def script_finished(self, result: ScriptResult) -> None:
+        """Log how the script ended; the error of one that failed is not ours to show."""
+        how = "done" if result.exit_status == 0 else f"failed with exit status {result.exit_status}"
+        if result.signal_name:
+            how = f"{how} ({result.signal_name})"
+        with self._lock:
+            self._end_output()
+            self._say(
+                f"{result.phase.directory}/{result.name} {how} after {result.seconds:.1f} s", shown=self._loud
+            )
+
+    def phase_finished(self, result: PhaseResult) -> None:
+        """Log how long the phase took."""
+        with self._lock:
+            self._end_output()
+            self._script = ""
+            self._say(f"{result.title} done after {result.seconds:.1f} s", shown=self._loud)
+
+    # ---- inside ----
+
+    @property
+    def _loud(self) -> bool:
+        return self._verbose and not self._quiet
+
+    def _say(self, text: str, *, shown: bool | None = None, colour: str = _GREEN) -> None:
+        line = f"[{time.monotonic() - self._begun:6.1f}] {_one_line(text)}"
+        if shown if shown is not None else not self._quiet:
+            self._screen.write_line(line, colour)
+        if self._log is not None:
+            self._log.write_line(line)
+
+    def _begin_output(self) -> None:
+        self._tail = b""
+        self._line_number = (self._log.newlines if self._log is not None else 0) + 1
+
+    def _end_output(self) -> None:
+        rest = self._sanitiser.finish()
+        if not self._quiet:
+            self._screen.write(rest)
+
+    def _redraw(self) -> None:
+        """Keep the status line alive; drawn from here alone, so never more often than this loop turns."""
+        while not self._stopping.wait(_STATUS_INTERVAL_S):
+            with self._lock:
+                if self._phase_number and not self._stopping.is_set():
+                    self._screen.show_status(*self._status())
+
+    def _status(self) -> tuple[str, str]:
+        position = f"[{self._phase_number}/{max(self._total_phases, self._phase_number)}] {_one_line(self._phase)}"
+        if self._script:
+            count = max(len(self._scripts), self._script_number)
+            position += f"  {self._script_number}/{count} {_one_line(self._script)}"
+        return position, _clock(time.monotonic() - self._begun)
+
+
+def _last_words(exception: BaseException | None) -> Iterator[str]:
+    if isinstance(exception, VirtDibError):
+        for problem in exception.problems:
+            yield f"error: {problem.message}"
+    elif isinstance(exception, (Interrupted, KeyboardInterrupt)):
+        yield "interrupted"
+    elif exception is not None:
+        yield f"stopped by {type(exception).__name__}: {exception}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# ---- after the build ----
+
+
+def summary(report: BuildReport) -> str:
+    """The table of phases and scripts with their seconds, then a line for each artifact; ends with a newline."""
+    rows: list[tuple[str, str]] = []
+    for phase in report.phases:
+        rows.append((_one_line(phase.title), f"{phase.seconds:.1f}"))
+        rows += [(f"  {_one_line(script.name)}", f"{script.seconds:.1f}") for script in phase.scripts]
+    rows.append(("total", f"{report.seconds:.1f}"))
+    table = _aligned([("phase and script", "seconds"), *rows], right=1)
+    files = _aligned([_artifact_row(artifact) for artifact in report.artifacts], right=None)
+    return "\n".join([*table, "", *files]) + "\n"
+
+
+def size_text(size_bytes: int) -> str:
+    """*size_bytes* for people: ``412 MiB``, ``5.0 GiB``."""
+    value, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024:  # noqa: PLR2004 - the step between these units
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f} {unit}" if value < 10 and unit != "B" else f"{value:.0f} {unit}"  # noqa: PLR2004 - two digits
+
+
+def _artifact_row(artifact: Artifact) -> tuple[str, str, str]:
+    path = artifact.path
+    with contextlib.suppress(ValueError, OSError):
+        path = path.relative_to(Path.cwd())
+    name = f"{path}/" if artifact.format == "directory" else str(path)
+    virtual = artifact.virtual_bytes
+    note = "" if virtual is None else f"(virtual size {size_text(virtual)})"
+    return _one_line(name), size_text(artifact.allocated_bytes), note
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], *, right: int | None) -> list[str]:
+    """The rows as lines, two blanks between columns; column *right* is aligned at its end."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index == right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures, and the rule that no appliance test may be skipped in CI."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import Run, make_probe, make_tiny_os, virt_dib
+
+from virt_dib import plan, staging
+from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.builder import cache_dir
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Turn a skipped appliance test into a failed one where CI is set."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.skipped and os.environ.get("CI") and item.get_closest_marker("appliance"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+
+
+@pytest.fixture(scope="session")
+def element_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search path with ``tiny-os`` and ``probe``."""
+    directory = tmp_path_factory.mktemp("elements")
+    make_tiny_os(directory)
+    make_probe(directory)
+    return directory
+
+
+MakeAppliance = Callable[[], contextlib.AbstractContextManager[Appliance]]
+
+
+@pytest.fixture(scope="module")
+def make_appliance(tmp_path_factory: pytest.TempPathFactory) -> MakeAppliance:
+    """Starts an appliance with an empty build disk and no network."""
+
+    def make() -> contextlib.AbstractContextManager[Appliance]:
+        directory = tmp_path_factory.mktemp("appliance")
+        content = staging.Staging(directory / "staging")
+        content.add_guest_scripts()
+        content.make_disk(directory / "build.img")
+        return open_appliance(
+            Settings(
+                disks=[Disk(path=directory / "build.img", label="build")],
+                cache_dir=cache_dir(),
+                memory_mib=plan.DEFAULT_MEMORY_MIB,
+                cpus=2,
+                network=False,
+                accelerate=False,
+            )
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def appliance(make_appliance: MakeAppliance) -> Iterator[Appliance]:
+    """A running appliance that the tests of a module share."""
+    with make_appliance() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def probe_build(element_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One whole build of ``tiny-os`` and ``probe``, raw and qcow2, without partitions."""
+    run = virt_dib(
+        [
+            "--name", "probe", "--formats", "raw,qcow2", "--size", "1G", "--skip-base", "-p", element_dir,
+            "--envvar", "PROBE_VALUE=two words, 'quotes', $dollar", "--envvar", "DIB_PROBE=1",
+            "--extra-packages", "first,second", "tiny-os", "probe",
+        ],
+        cwd=tmp_path_factory.mktemp("probe-build"),
+        environment={"HOST_SECRET": "from the host", "TMPDIR": "/var/tmp"},
+    )  # fmt: skip
+    assert run.exit_status == 0, run.stdout + run.stderr
+    return run

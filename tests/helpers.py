@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests share: elements made on the spot, and whole builds by the real command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_dib import tools
+from virt_dib.spec import Phase
+
+TESTS = Path(__file__).parent
+_BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
+BUILD_TIMEOUT_S = 900
+
+
+def make_element(
+    parent: Path, name: str, files: Mapping[str, str], *, provides: Sequence[str] = (), depends: Sequence[str] = ()
+) -> Path:
+    """An element below *parent*: *files* by relative path; those in ``*.d`` are executable scripts."""
+    element = parent / name
+    element.mkdir(parents=True)
+    for relative, text in files.items():
+        path = element / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        if path.parent.name.endswith(".d"):
+            path.chmod(0o755)
+    if provides:
+        (element / "element-provides").write_text("".join(f"{word}\n" for word in provides))
+    if depends:
+        (element / "element-deps").write_text("".join(f"{word}\n" for word in depends))
+    return element
+
+
+def make_tiny_os(parent: Path) -> Path:
+    """The element ``tiny-os`` below *parent*: an operating system that builds in a second."""
+    element = parent / "tiny-os"
+    shutil.copytree(TESTS / "elements" / "tiny-os", element)
+    busybox = next(path for path in _BUSYBOX if Path(path).exists())
+    shutil.copyfile(busybox, element / "busybox")
+    (element / "busybox").chmod(0o755)
+    return element
+
+
+def make_probe(parent: Path) -> Path:
+    """The element ``probe`` below *parent*: in every phase it writes down what it sees."""
+    script = (TESTS / "data" / "probe").read_text()
+    files = {f"{phase.directory}/50-probe": script for phase in Phase}
+    files["environment.d/50-probe"] = "export PROBE_FROM_ENVIRONMENT=yes\n"
+    return make_element(parent, "probe", files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of the command ``virt-dib``."""
+
+    exit_status: int
+    stdout: str
+    stderr: str
+    output_dir: Path
+
+
+def virt_dib(
+    arguments: Sequence[str | Path],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = BUILD_TIMEOUT_S,
+) -> Run:
+    """Run ``virt-dib`` in *cwd* as a user would."""
+    result = tools.run(
+        [sys.executable, "-m", "virt_dib", *arguments],
+        doing="running virt-dib",
+        cwd=cwd,
+        environment={**os.environ, **(environment or {})},
+        timeout_s=timeout_s,
+        check=False,
+    )
+    return Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=cwd)
+
+
+def files_in_image(image: Path, *, offset_bytes: int = 0) -> ExtFiles:
+    """Read an ext4 file system at *offset_bytes* of the raw *image*, without mounting it."""
+    return ExtFiles(image=image, offset_bytes=offset_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtFiles:
+    """An ext4 file system in a file, read by debugfs."""
+
+    image: Path
+    offset_bytes: int
+
+    def _debugfs(self, request: str) -> str:
+        image = str(self.image) + (f"?offset={self.offset_bytes}" if self.offset_bytes else "")
+        debugfs = tools.require("debugfs", purpose="look into images", package="e2fsprogs")
+        return tools.run([debugfs, "-R", request, image], doing="reading the image").stdout
+
+    def names(self, directory: str) -> list[str]:
+        """The names in *directory*, without ``.`` and ``..``."""
+        lines = self._debugfs(f"ls -p {directory}").splitlines()
+        names = [line.split("/")[5] for line in lines if line.count("/") > 5]
+        return sorted(set(names) - {".", ".."})
+
+    def text(self, path: str) -> str:
+        """The content of the file *path*."""
+        return self._debugfs(f"cat {path}")
+
+    def label(self) -> str:
+        """The file system's label."""
+        return next(
+            line.split(":", 1)[1].strip()
+            for line in self._debugfs("show_super_stats -h").splitlines()
+            if line.startswith("Filesystem volume name")
+        )
