@@ -4,8 +4,8 @@
 All calls of libguestfs are made by one thread of their own, so that a signal reaches the main thread
 at once whatever the appliance is doing; ending qemu then makes the pending call fail.
 
-A command runs in the guest as a *job* (``guest/job.sh``): a directory on the build disk with its
-variables, its command and its output. The host reads the output as it grows. Records between RS
+A command runs in the guest as a *job*: a script on the build disk that sets its variables and becomes
+the command (``guest/start-job.sh``). The host reads the file of its output as it grows. Records between RS
 characters that start with a random token are events: a script has started, the job has ended.
 """
 
@@ -198,26 +198,17 @@ class Appliance:
         job = f"/jobs/{self._jobs}"
         self._jobs += 1
         words = " ".join(shlex.quote(token if word == "TOKEN" else word) for word in command)
-        text = contract.exports(variables) + functions + f"cd {shlex.quote(cwd)}\n"
+        text = f"{contract.exports(variables)}{functions}cd {shlex.quote(cwd)}\nexec {words}\n"
         doing = "starting a command in the appliance"
-        self._call(doing, self._handle.mkdir, job)
-        self._call(doing, self._handle.write, f"{job}/environment", text.encode("utf-8", "surrogateescape"))
-        self._call(doing, self._handle.write, f"{job}/command", f"command=({words})\n".encode())
-        self._call(doing, self._handle.write, f"{job}/output", b"")
-        start = (
-            f"env -i /bin/bash /sysroot/guest/job.sh /sysroot{job} {token} </dev/null >/dev/null 2>&1 & "
-            f"echo $!"
-        )
-        pid = self._call(doing, self._handle.debug, "sh", [start]).strip()
+        self._call(doing, self._handle.write, f"{job}.sh", text.encode("utf-8", "surrogateescape"))
+        pid = self._call(doing, self._handle.debug, "sh", [f"/bin/bash /sysroot/guest/start-job.sh {job} {token}"])
         tail = _Tail()
-        status = self._follow(job, pid, token, on_output or tail.add, on_event)
-        self._call(
-            "ending a command in the appliance",
-            self._handle.debug,
-            "sh",
-            [f"kill $(cat /sysroot{job}/reader) 2>/dev/null; rm -rf /sysroot{job}"],
-        )
+        status = self._follow(job, pid.strip(), token, on_output or tail.add, on_event)
         return JobResult(exit_status=status, tail=tail.text())
+
+    def is_directory(self, path: str) -> bool:
+        """Whether *path* on the build disk is a directory."""
+        return bool(self._call(f"looking at '{path}'", self._handle.is_dir, self._on_build_disk(path)))
 
     def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
         """The beginning of the file *path* on the build disk (a path in the guest, below ``/dib``)."""
@@ -256,7 +247,7 @@ class Appliance:
         offset, pause_s, heard = 0, _POLL_FIRST_S, time.monotonic()
         while True:
             data = self._call(
-                "reading the output of a script", self._handle.pread, f"{job}/output", _CHUNK_BYTES, offset
+                "reading the output of a script", self._handle.pread, f"{job}.output", _CHUNK_BYTES, offset
             )
             offset += len(data)
             for piece in splitter.feed(data):

@@ -162,6 +162,8 @@ class _Build:
     # ---- phases ----
 
     def _run_phase(self, appliance: Appliance, phase: Phase) -> None:
+        if not appliance.is_directory(f"{contract.HOOKS}/{phase.directory}"):
+            return
         scripts = _PhaseScripts(phase, self._plan.hooks.owners, self._monitor)
         variables = contract.for_phase(self._facts, phase)
         if phase.where is Where.CHROOT:

@@ -27,7 +27,6 @@ PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
 
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PYTHON = "/usr/bin/python3"
-_TRACE_PREFIX = "+ ${BASH_SOURCE:-}:${LINENO}: "
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -72,6 +71,11 @@ def _always(text: str) -> Callable[[Facts, Phase], str]:
     return lambda _facts, _phase: text
 
 
+def _dib_env(facts: Facts, _phase: Phase) -> str:
+    own = {"DIB_ARGS": " ".join(facts.spec.arguments), "DIB_PYTHON_EXEC": _PYTHON}
+    return declarations({**facts.spec.variables, **own})
+
+
 def _target_root(_facts: Facts, phase: Phase) -> str | None:
     return TREE if phase in (Phase.ROOT, Phase.CLEANUP) else None
 
@@ -105,11 +109,13 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("LOGNAME", _always("root")),
     _Variable("SHELL", _always("/bin/bash")),
     _Variable("LC_ALL", _always("C")),
-    _Variable("PS4", _always(_TRACE_PREFIX)),
+    _Variable("TERM", _always("dumb")),
+    # bash takes no other value over from the environment when it runs as root; sudo drops it on the way in.
+    _Variable("PS4", lambda _, phase: "+ " if phase.where is Where.OUTSIDE else None),
     _Variable("_LIB", _always(f"{SITE}/diskimage_builder/lib")),
     _Variable("DIB_PYTHON_EXEC", _always(_PYTHON)),
     _Variable("DIB_ARGS", lambda facts, _: " ".join(facts.spec.arguments)),
-    _Variable("DIB_ENV", lambda facts, _: declarations(facts.spec.variables)),
+    _Variable("DIB_ENV", _dib_env),
     _Variable("DIB_DEBUG_TRACE", lambda facts, _: str(facts.spec.debug_level)),
     _Variable("ARCH", lambda facts, _: facts.spec.arch),
     _Variable("IMAGE_NAME", lambda facts, _: facts.spec.name),
@@ -187,7 +193,8 @@ def functions(facts: Facts, phase: Phase) -> str:
     return (
         'die() { local exitcode=$?; set +o xtrace; echo "$@"; exit $exitcode; }\n'
         f"get_image_element_array() {{ echo {shlex.quote(array)}; }}\n"
-        "export -f die get_image_element_array\n"
+        '_ps4() { printf "%-80s " "${BASH_SOURCE[1]-}:${BASH_LINENO[0]}:${FUNCNAME[1]-}"; }\n'
+        "export -f die get_image_element_array _ps4\n"
     )
 
 

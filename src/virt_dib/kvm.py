@@ -25,6 +25,7 @@ from typing import IO, Protocol
 
 from virt_dib import tools
 from virt_dib.errors import ToolError, UsageError
+from virt_dib.monitor import printable
 
 DEVICE = Path("/dev/kvm")
 TRIAL_LIMIT_S = 10.0
@@ -198,13 +199,15 @@ def complaint(stream: IO[bytes] | None) -> str:
     Nobody need read the stream before: qemu says little there, and a guest that finds a way to make it
     say more than a pipe holds brings only itself to a halt.
     """
-    text = b"".join(read_console(stream, until_s=time.monotonic() + 0.2)).decode(errors="replace")
-    lines = [re.sub(r"^\S*qemu\S*: (-\S+( \S+)?: )?(error: )?", "", line).strip() for line in text.splitlines()]
+    said = b"".join(read_console(stream, until_s=time.monotonic() + 0.2)).decode(errors="replace")
+    lines = [
+        re.sub(r"^\S*qemu\S*: (-\S+( \S+)?: )?(error: )?", "", line).strip()
+        for line in printable(said).splitlines()
+    ]
     telling = [line for line in lines if line and not line.startswith("warning:")] or [
         line for line in lines if line
     ]
-    said = telling[0] if telling else ""
-    return "".join(c if c.isprintable() else "?" for c in said)[:_COMPLAINT_CHARACTERS]
+    return telling[0].replace("\t", " ")[:_COMPLAINT_CHARACTERS] if telling else ""
 
 
 def exit_code(process: HasStatus) -> int | None:
@@ -263,7 +266,7 @@ def _kernel_for_trial() -> Path:
 def _trial(program: Path, machine: _Machine, kernel: Path, limit_s: float) -> Verdict:
     if not os.access(kernel, os.R_OK):
         raise _Unusable(f"no trial of KVM is possible, '{kernel}' cannot be read")
-    command = [
+    command: list[str | Path] = [
         program, "-accel", "kvm", *machine.options, "-m", str(_TRIAL_MEMORY_MIB), "-smp", "1",
         "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot",
         "-serial", "stdio", "-kernel", kernel, "-append", f"console={machine.console} panic=-1",
@@ -286,7 +289,8 @@ def _trial(program: Path, machine: _Machine, kernel: Path, limit_s: float) -> Ve
 def _failure(code: int | None, said: str, limit_s: float) -> str:
     if code is None:
         return f"a kernel started with KVM did not come up in {limit_s:.0f} s"
-    return f"qemu could not start a virtual machine with KVM: {said or 'it ended with ' + tools.describe_status(code)}"
+    said = said or f"it ended with {tools.describe_status(code)}"
+    return f"qemu could not start a virtual machine with KVM: {said}"
 
 
 def _release(path: Path) -> str:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from virt_dib.errors import PrerequisiteError, ToolError
 
+TOGETHER = subprocess.STDOUT
+"""For ``started``: standard error goes where standard output goes."""
+
 _SYSTEM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _STOP_TIMEOUT_S = 3.0
 _ERROR_LINES = 5

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Each step is a judgement of its own; their outputs are not to mix.
+.NOTPARALLEL:
+
+BIN := .venv/bin
+READY := .venv/.ready
+SHELL_SCRIPTS := $(sort $(wildcard src/virt_dib/guest/*.sh)) $(sort $(wildcard scripts/*)) .ci/run
+SOURCES := $(shell find src/virt_dib -name '*.py' -o -name '*.sh') scripts/demo scripts/mirrors
+
+.PHONY: help
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: setup
+setup: $(READY) ## install what is needed: packages, and .venv
+
+$(READY): requirements-dev.txt pyproject.toml scripts/setup
+	@scripts/setup
+	@touch $@
+
+.PHONY: demo
+demo: demo/booted ## build a Debian image in demo/ and boot it
+	@echo "demo: demo/debian.qcow2 is built, newer than its sources, and boots; 'make demo-clean' removes it"
+
+demo/debian.qcow2: $(SOURCES) | $(READY)
+	@scripts/demo
+
+demo/booted: demo/debian.qcow2
+	@$(BIN)/virt-dib-boot-test demo/debian.qcow2
+	@touch $@
+
+.PHONY: demo-clean
+demo-clean: ## remove what 'make demo' built
+	rm -rf demo
+
+.PHONY: test
+test: lint test-unit test-appliance ## lint, types, unit and appliance tests
+
+.PHONY: lint
+lint: $(READY) ## format, lint, types, shell scripts
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	shellcheck $(SHELL_SCRIPTS)
+
+.PHONY: test-unit
+test-unit: $(READY) ## tests that start no virtual machine
+	$(BIN)/pytest
+
+.PHONY: test-appliance
+test-appliance: $(READY) ## tests that start virtual machines
+	$(BIN)/pytest -m appliance
+
+.PHONY: test-debian
+test-debian: $(READY) ## full Debian builds, each booted; long
+	$(BIN)/pytest -m debian
+
+.PHONY: bench
+bench: $(READY) ## compare with the virt-dib of guestfs-tools
+	@set -e; for script in bench/*.py; do $(BIN)/python "$$script"; done

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``virt-dib-boot-test``: does this image come up?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from virt_dib import boot, kvm
+from virt_dib.boot import BootResult, Firmware
+from virt_dib.builder import cache_dir
+from virt_dib.cli import interrupts, report_errors
+from virt_dib.errors import VirtDibError
+from virt_dib.monitor import printable, write_out
+
+_PROG = "virt-dib-boot-test"
+_LONGEST_WAIT_S = 7 * 24 * 3600
+_LEAST_MEMORY_MIB = 64
+_MEMORY_DIGITS = 7
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = _parser().parse_args(argv)
+    return report_errors(_PROG, lambda: _test(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        description="Start a disk image in a virtual machine, without changing the image and without a network, "
+        "and wait for its login prompt on the serial console.",
+        epilog="Exit status: 0 it came up, 1 it did not, 2 wrong usage, 130 interrupted.",
+    )
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="a raw or qcow2 disk image")
+    firmware = parser.add_mutually_exclusive_group()
+    firmware.add_argument(
+        "--uefi", dest="firmware", action="store_const", const=Firmware.UEFI, help="start it by UEFI (OVMF)"
+    )
+    firmware.add_argument(
+        "--bios",
+        dest="firmware",
+        action="store_const",
+        const=Firmware.BIOS,
+        help="start it by BIOS; without --uefi and --bios the partition table decides",
+    )
+    parser.add_argument(
+        "--format", dest="image_format", choices=boot.FORMATS, help="format of the image (default: by its content)"
+    )
+    parser.add_argument(
+        "--timeout",
+        dest="timeout_s",
+        metavar="SECONDS",
+        type=_seconds,
+        default=boot.DEFAULT_TIMEOUT_S,
+        help="how long to wait (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--expect",
+        metavar="REGEX",
+        default=boot.DEFAULT_EXPECT,
+        help="what to wait for on the console (default: '%(default)s')",
+    )
+    parser.add_argument(
+        "--memsize",
+        dest="memory_mib",
+        metavar="MB",
+        type=_mebibytes,
+        default=boot.DEFAULT_MEMORY_MIB,
+        help="memory of the virtual machine (default: %(default)s)",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the console as it comes")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= _LONGEST_WAIT_S:
+        raise argparse.ArgumentTypeError(f"cannot use '{text}', give a number of seconds more than 0")
+    return value
+
+
+def _mebibytes(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdecimal() and len(text) <= _MEMORY_DIGITS else 0
+    if value < _LEAST_MEMORY_MIB:
+        raise argparse.ArgumentTypeError(
+            f"cannot use '{text}', give a whole number of MB from {_LEAST_MEMORY_MIB}"
+        )
+    return value
+
+
+def _test(options: argparse.Namespace) -> int:
+    with interrupts():
+        return _boot(options)
+
+
+def _boot(options: argparse.Namespace) -> int:
+    verdict = kvm.choose(wanted=kvm.wanted_from_environment(os.environ), kernel=None, cache_dir=cache_dir())
+    accelerate = verdict.acceleration is kvm.Acceleration.KVM
+    if options.verbose and not accelerate:
+        _print_line(f"emulating the machine, about 15 times slower than with KVM: {verdict.reason}")
+    result = boot.boot_test(
+        options.image,
+        firmware=options.firmware,
+        image_format=options.image_format,
+        expect=options.expect,
+        timeout_s=options.timeout_s,
+        memory_mib=options.memory_mib,
+        accelerate=accelerate,
+        on_line=_print_line if options.verbose else None,
+    )
+    how = f"{result.firmware.value}, {'KVM' if accelerate else 'emulated'}"
+    if result.passed:
+        _print_line(f"{options.image.name}: booted to '{result.reason}' in {result.seconds:.1f} s ({how})")
+        return 0
+    raise VirtDibError(
+        f"booting '{options.image}' ({how}): {result.reason}",
+        hint=_hint(result, timed_out=result.seconds >= options.timeout_s),
+    )
+
+
+def _hint(result: BootResult, *, timed_out: bool) -> str:
+    """What to do, and where the guest stood: errors are printed in one place, console lines included."""
+    advice = "give it longer with --timeout, or look for another text with --expect" if timed_out else ""
+    other = Firmware.BIOS if result.firmware is Firmware.UEFI else Firmware.UEFI
+    advice = advice or f"if the image is made for {other.value}, use --{other.name.lower()}"
+    if not result.last_lines:
+        return f"{advice}; nothing came from its serial console: is the kernel told console=ttyS0?"
+    return "\n".join([f"{advice}; the last lines of its console:", *(f"  {line}" for line in result.last_lines)])
+
+
+def _print_line(line: str) -> None:
+    write_out(sys.stdout, printable(line) + "\n")

@@ -1,0 +1,27 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# start-job.sh JOB TOKEN: run JOB.sh in the background with an empty environment, append what it prints
+# to JOB.output, then an event with its status. Prints the process that the job runs in.
+#
+# The job gets a pipe, not the file: '> /dev/stderr' in a script opens whatever is behind its file
+# descriptor again, and would empty a file. A process that outlives its job may hold the pipe; then
+# its reader lives on, until the next job starts.
+
+job=/sysroot$1
+token=$2
+
+if [[ -e /sysroot/jobs/reader ]]; then
+    kill "$(</sysroot/jobs/reader)" 2>/dev/null
+    rm -f /sysroot/jobs/*.output
+fi
+: >"$job.output"
+
+{
+    env -i /bin/bash "$job.sh"
+    printf '\036%s exit %d\036' "$token" "$?"
+} </dev/null > >(
+    echo "$BASHPID" >/sysroot/jobs/reader
+    exec cat >>"$job.output" 2>/dev/null
+) 2>&1 &
+echo "$!"

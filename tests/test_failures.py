@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds that fail: what the user is told, and that nothing is left behind or lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from helpers import Run, make_element, virt_dib
+
+from virt_dib import tools
+from virt_dib.spec import Phase
+
+OLD = "an image of an earlier build"
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    """A directory with the outputs of an earlier build in it."""
+    directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "disk.qcow2").write_text(OLD)
+    (directory / "disk.d").mkdir()
+    (directory / "disk.d" / "manifest").write_text(OLD)
+    return directory
+
+
+@contextlib.contextmanager
+def nothing_left(output_dir: Path, temporary: Path) -> Iterator[None]:
+    """Check that the block leaves no process, no temporary file and no partial output, and the old image."""
+    before = processes()
+    yield
+    assert processes() - before == set()
+    assert list(temporary.iterdir()) == []
+    assert {path.name for path in output_dir.iterdir()} <= {"disk.qcow2", "disk.d", "disk.log"}
+    assert (output_dir / "disk.qcow2").read_text() == OLD
+    assert (output_dir / "disk.d" / "manifest").read_text() == OLD
+
+
+def processes() -> set[str]:
+    """The processes of virtual machines."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and "qemu" in (entry / "comm").read_text():
+                found.add(entry.name)
+    return found
+
+
+def fail(
+    arguments: Sequence[str | Path], output_dir: Path, tmp_path: Path, *, run_by: Sequence[str] = ()
+) -> Run:
+    """Run a build that is to fail."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with nothing_left(output_dir, temporary):
+        command = [*run_by, sys.executable, "-m", "virt_dib", "--name", "disk", *map(str, arguments)]
+        result = tools.run(
+            command,
+            doing="running virt-dib",
+            cwd=output_dir,
+            environment={**os.environ, "TMPDIR": str(temporary)},
+            timeout_s=600,
+            check=False,
+        )
+    return Run(
+        exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=output_dir
+    )
+
+
+def errors(run: Run) -> list[str]:
+    assert "Traceback" not in run.stderr
+    return [line for line in run.stderr.splitlines() if line.startswith("virt-dib: error: ")]
+
+
+def hints(run: Run) -> list[str]:
+    return [line for line in run.stderr.splitlines() if line.startswith("virt-dib: hint: ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "advised"),
+    [
+        (["tiny-oss"], "'tiny-oss'", "did you mean 'tiny-os'"),
+        (["probe"], "operating", "tiny-os"),
+        (["tiny-os", "block-device-mbr", "block-device-gpt"], "block-device", "one of"),
+        (["-p", "/nowhere", "tiny-os"], "/nowhere", "-p"),
+        (["--size", "5Q", "tiny-os"], "5Q", "5G"),
+        (["--size", "-1", "tiny-os"], "-1", "5G"),
+        (["--size", "0", "tiny-os"], "'0'", "5G"),
+        (["--root-label", "x" * 17, "tiny-os"], "too long", "--root-label"),
+        (["--fs-type", "xfs", "--root-label", "x" * 13, "tiny-os"], "too long", "--root-label"),
+        (["--formats", "qcow", "tiny-os"], "'qcow'", "qcow2"),
+        (["--fs-type", "ntfs", "tiny-os"], "ntfs", "ext4"),
+        (["--envvar", "DIB_BLOCK_DEVICE_CONFIG=- nonsense: {}", "tiny-os"], "block device", "DIB_BLOCK_DEVICE_CONFIG"),
+        (["--envvar", "DIB_BLOCK_DEVICE_CONFIG=file:///nowhere", "tiny-os"], "/nowhere", "DIB_BLOCK_DEVICE_CONFIG"),
+        (["--envvar", "DIB_JOURNAL_SIZE=much", "tiny-os"], "DIB_JOURNAL_SIZE", "number"),
+    ],
+)
+def test_wrong_command_lines(
+    element_dir: Path, output_dir: Path, tmp_path: Path, arguments: list[str], said: str, advised: str
+) -> None:
+    run = fail(["--skip-base", "-p", element_dir, *arguments], output_dir, tmp_path)
+    assert run.exit_status == 2
+    assert len(errors(run)) == 1
+    assert said in errors(run)[0]
+    assert advised in " ".join(hints(run))
+
+
+def test_all_mistakes_come_in_one_message(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    arguments = ["--size", "5Q", "--formats", "qcow", "-p", "/nowhere", "--fs-type", "ntfs", "tiny-oss"]
+    run = fail(["-p", element_dir, *arguments], output_dir, tmp_path)
+    assert run.exit_status == 2
+    text = "\n".join(errors(run))
+    for word in ("5Q", "'qcow'", "/nowhere", "ntfs"):
+        assert word in text
+
+
+def test_a_hook_that_two_elements_have(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_element(tmp_path / "elements", name, {"install.d/50-same": "#!/bin/bash\n"})
+    run = fail(
+        ["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "one", "two"], output_dir, tmp_path
+    )
+    assert run.exit_status == 1
+    assert all(word in errors(run)[0] for word in ("install.d/50-same", "'one'", "'two'"))
+
+
+def hidden(setup: str) -> list[str]:
+    """The beginning of a command that runs in a mount namespace where *setup* was done."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to hide files in a mount namespace")
+    unshare = tools.require("unshare", purpose="run the tests", package="util-linux")
+    return [str(unshare), "--mount", "/bin/sh", "-c", f'{setup}; exec "$@"', "sh"]
+
+
+@pytest.mark.appliance
+def test_a_missing_host_tool(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    run_by = hidden("touch /run/empty; mount --bind /run/empty $(readlink -f /usr/bin/qemu-img)")
+    run = fail(["--skip-base", "-p", element_dir, "tiny-os"], output_dir, tmp_path, run_by=run_by)
+    assert run.exit_status == 1
+    assert "qemu-img" in errors(run)[0]
+    assert "apt-get install qemu-utils" in " ".join(hints(run))
+
+
+@pytest.mark.appliance
+def test_an_unreadable_kernel(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    run_by = hidden("mount -t tmpfs none /boot; mount -t tmpfs none /lib/modules")
+    run = fail(["--skip-base", "-p", element_dir, "tiny-os"], output_dir, tmp_path, run_by=run_by)
+    assert run.exit_status == 1
+    assert "kernel" in " ".join([*errors(run), *hints(run)])
+
+
+@pytest.mark.appliance
+@pytest.mark.parametrize("size", ["12m", "300m"], ids=["at-the-start", "during-a-script"])
+def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Path, size: str) -> None:
+    script = "#!/bin/bash\nhead -c 2G /dev/urandom >/big\nsync\n"
+    make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
+    run_by = hidden(f"mount -t tmpfs -o size={size} none {tmp_path}/temporary")
+    run = fail(
+        ["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "big"],
+        output_dir,
+        tmp_path,
+        run_by=run_by,
+    )
+    assert run.exit_status == 1
+    assert "space" in errors(run)[0]
+    assert "TMPDIR" in " ".join(hints(run))
+
+
+@pytest.mark.appliance
+def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    script = "#!/bin/bash\nhead -c 300M /dev/urandom >/big\n"
+    make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
+    run = fail(
+        ["--size", "200M", "--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "big"],
+        output_dir,
+        tmp_path,
+    )
+    assert run.exit_status == 1
+    assert "no space left in the image" in errors(run)[0]
+    assert "--size" in " ".join(hints(run))
+
+
+@pytest.mark.appliance
+@pytest.mark.parametrize("phase", Phase)
+def test_a_script_that_fails(element_dir: Path, output_dir: Path, tmp_path: Path, phase: Phase) -> None:
+    script = "#!/bin/bash\necho last words\nexit 42\n"
+    make_element(tmp_path / "elements", "bad", {f"{phase.directory}/60-bad": script})
+    run = fail(
+        ["--size", "200M", "--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "bad"],
+        output_dir,
+        tmp_path,
+    )
+    assert run.exit_status == 1
+    assert f"{phase.directory}/60-bad of element 'bad' failed with exit status 42 after " in errors(run)[0]
+    assert "last words" in run.stderr
+    assert "disk.log" in run.stderr
+    assert b"last words" in (output_dir / "disk.log").read_bytes()
+
+
+@pytest.mark.appliance
+def test_a_script_killed_by_a_signal(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    make_element(tmp_path / "elements", "bad", {"root.d/60-bad": "#!/bin/bash\nkill -SEGV $$\n"})
+    run = fail(
+        ["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "bad"], output_dir, tmp_path
+    )
+    assert run.exit_status == 1
+    assert "SIGSEGV" in errors(run)[0]
+
+
+@pytest.mark.appliance
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_interrupting_ends_everything(
+    element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    make_element(tmp_path / "elements", "slow", {"root.d/60-slow": "#!/bin/bash\necho waiting\nsleep 600\n"})
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    arguments = ["--name", "disk", "--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "slow"]
+    with nothing_left(output_dir, temporary):
+        with tools.started(
+            [sys.executable, "-m", "virt_dib", *arguments],
+            environment={**os.environ, "TMPDIR": str(temporary)},
+            cwd=output_dir,
+            stderr=tools.TOGETHER,
+        ) as process:
+            wait_for(output_dir / "disk.log", b"waiting")
+            process.send_signal(number)
+            # The time the issue allows; a build that ignores the signal would sleep on.
+            assert process.wait(timeout=10) == 130
+            assert process.stdout is not None
+            assert b"interrupted" in process.stdout.read()
+
+
+def wait_for(path: Path, text: bytes) -> None:
+    """Wait until the file *path* holds *text*."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if path.exists() and text in path.read_bytes():
+            return
+        time.sleep(0.2)
+    pytest.fail(f"{text!r} did not appear in {path}")
+
+
+@pytest.mark.appliance
+def test_the_exit_status_of_a_good_build_and_its_outputs(probe_build: Run) -> None:
+    names = {path.name for path in probe_build.output_dir.iterdir()}
+    assert names == {"probe.raw", "probe.qcow2", "probe.d", "probe.log"}
+    assert "install.d" in probe_build.stdout
+    assert "virtual size 1.0 GiB" in probe_build.stdout
+
+
+def test_nothing_is_built_without_elements(tmp_path: Path) -> None:
+    run = virt_dib([], cwd=tmp_path)
+    assert run.exit_status == 2
+    assert "virt-dib --help" in " ".join(hints(run))
