@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Run, make_probe, make_tiny_os, virt_dib
 
+from helpers import Run, make_probe, make_tiny_os, virt_dib
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.builder import cache_dir

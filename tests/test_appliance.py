@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MakeAppliance
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import MakeAppliance
 from virt_dib.appliance import Appliance, Event, _Splitter
 from virt_dib.errors import ApplianceError
 
@@ -55,9 +55,7 @@ def bash(appliance: Appliance, text: str) -> tuple[int, str]:
 def test_a_command_sees_exactly_the_variables_given(appliance: Appliance) -> None:
     value = "a b 'c' \"d\" $e `f`\nsecond line \u00e4"
     received = bytearray()
-    result = appliance.run(
-        ["/usr/bin/env", "-0"], PATH | {"ODD": value}, "/dib/out", on_output=received.extend
-    )
+    result = appliance.run(["/usr/bin/env", "-0"], PATH | {"ODD": value}, "/dib/out", on_output=received.extend)
     seen = dict(item.split("=", 1) for item in received.decode().split("\0") if item)
     assert result.exit_status == 0
     assert seen.pop("ODD") == value
@@ -143,15 +141,17 @@ def test_sudo_follows_its_rules_for_the_environment(appliance: Appliance) -> Non
 def test_tools_that_elements_call_are_there(appliance: Appliance) -> None:
     programs = (
         "awk bash cat chroot curl debootstrap dmsetup dosfslabel env findmnt flock git gpgv jq kpartx losetup lsattr "
-        "lvcreate mkfs.ext4 mkfs.vfat mkfs.xfs mmdebstrap mount numfmt perl python3 qemu-img rsync sed sgdisk sha256sum "
-        "sudo tar truncate udevadm unsquashfs wget which xz zstd"
+        "lvcreate mkfs.ext4 mkfs.vfat mkfs.xfs mmdebstrap mount numfmt perl python3 qemu-img rsync sed sgdisk "
+        "sha256sum sudo tar truncate udevadm unsquashfs wget which xz zstd"
     )
     status, output = bash(appliance, f"for p in {programs}; do type -P $p >/dev/null || echo $p; done")
     assert (status, output) == (0, "")
 
 
 @pytest.mark.appliance
-def test_a_dead_appliance_is_an_error_not_a_hang(make_appliance: MakeAppliance, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_appliance_is_an_error_not_a_hang(
+    make_appliance: MakeAppliance, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = our_qemus()
     with make_appliance() as doomed:
         assert our_qemus() - before

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import Run, files_in_image
 
+from helpers import Run, files_in_image
 from virt_dib.spec import Phase, Where
 
 pytestmark = pytest.mark.appliance
@@ -54,6 +54,7 @@ EVERYWHERE = {
     "LOGNAME": "root",
     "SHELL": "/bin/bash",
     "TERM": "dumb",
+    "PYTHONUNBUFFERED": "1",
 }
 COMPARED_OTHERWISE = {
     "ELEMENTS_PATH", "IMAGE_ELEMENT", "IMAGE_ELEMENT_YAML", "DIB_ARGS", "DIB_IMAGE_SIZE", "HOME", "PATH",

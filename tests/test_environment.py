@@ -49,7 +49,7 @@ def test_what_belongs_to_the_host_stays_there() -> None:
         "VIRTUAL_ENV": "v", "PYTHONPATH": "p", "BASH_FUNC_f%%": "() { :; }", "http_proxy": "http://proxy:3128",
         "DIB_REPOREF_x": "main", "GIT_BASE": "b",
     }  # fmt: skip
-    assert environment._from_host(host) == {
+    assert environment.from_host(host) == {
         "http_proxy": "http://proxy:3128", "DIB_REPOREF_x": "main", "GIT_BASE": "b",
     }  # fmt: skip
     assert os.environ.get("PATH")

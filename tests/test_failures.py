@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from helpers import Run, make_element, virt_dib
 
+from helpers import Run, make_element, virt_dib
 from virt_dib import tools
 from virt_dib.spec import Phase
 
@@ -53,9 +53,7 @@ def processes() -> set[str]:
     return found
 
 
-def fail(
-    arguments: Sequence[str | Path], output_dir: Path, tmp_path: Path, *, run_by: Sequence[str] = ()
-) -> Run:
+def fail(arguments: Sequence[str | Path], output_dir: Path, tmp_path: Path, *, run_by: Sequence[str] = ()) -> Run:
     """Run a build that is to fail."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -69,9 +67,7 @@ def fail(
             timeout_s=600,
             check=False,
         )
-    return Run(
-        exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=output_dir
-    )
+    return Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=output_dir)
 
 
 def errors(run: Run) -> list[str]:
@@ -207,9 +203,7 @@ def test_a_script_that_fails(element_dir: Path, output_dir: Path, tmp_path: Path
 @pytest.mark.appliance
 def test_a_script_killed_by_a_signal(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     make_element(tmp_path / "elements", "bad", {"root.d/60-bad": "#!/bin/bash\nkill -SEGV $$\n"})
-    run = fail(
-        ["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "bad"], output_dir, tmp_path
-    )
+    run = fail(["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "bad"], output_dir, tmp_path)
     assert run.exit_status == 1
     assert "SIGSEGV" in errors(run)[0]
 
@@ -222,20 +216,23 @@ def test_interrupting_ends_everything(
     make_element(tmp_path / "elements", "slow", {"root.d/60-slow": "#!/bin/bash\necho waiting\nsleep 600\n"})
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    arguments = ["--name", "disk", "--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "slow"]
-    with nothing_left(output_dir, temporary):
-        with tools.started(
+    paths = ["-p", str(element_dir), "-p", str(tmp_path / "elements")]
+    arguments = ["--name", "disk", "--skip-base", *paths, "tiny-os", "slow"]
+    with (
+        nothing_left(output_dir, temporary),
+        tools.started(
             [sys.executable, "-m", "virt_dib", *arguments],
             environment={**os.environ, "TMPDIR": str(temporary)},
             cwd=output_dir,
             stderr=tools.TOGETHER,
-        ) as process:
-            wait_for(output_dir / "disk.log", b"waiting")
-            process.send_signal(number)
-            # The time the issue allows; a build that ignores the signal would sleep on.
-            assert process.wait(timeout=10) == 130
-            assert process.stdout is not None
-            assert b"interrupted" in process.stdout.read()
+        ) as process,
+    ):
+        wait_for(output_dir / "disk.log", b"waiting")
+        process.send_signal(number)
+        # The time the issue allows; a build that ignores the signal would sleep on.
+        assert process.wait(timeout=10) == 130
+        assert process.stdout is not None
+        assert b"interrupted" in process.stdout.read()
 
 
 def wait_for(path: Path, text: bytes) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import files_in_image, make_element, virt_dib
 
+from helpers import files_in_image, make_element, virt_dib
 from virt_dib import tools
 
 pytestmark = pytest.mark.appliance

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import BUILD_TIMEOUT_S, Run
 from test_contract import OF_BASH, environment, mounts
-
 from virt_dib import tools
 from virt_dib.spec import Phase, Where
 
@@ -26,6 +26,7 @@ NOT_COMPARED = {
     "LC_CTYPE": "set by the Python that starts DIB",
     "PS4": "DIB's own is lost on the way to bash in one case and not in the other",
     "TERM": "of the terminal at hand",
+    "PYTHONUNBUFFERED": "set by us, so that output of Python scripts is seen at once",
     "SUDO_COMMAND": "of sudo itself",
     "SUDO_GID": "of sudo itself",
     "SUDO_UID": "of sudo itself",
@@ -81,9 +82,9 @@ def normal(probe_dir: Path, phase: Phase) -> dict[str, str]:
     for name, value in environment(probe_dir, phase).items():
         if name in NOT_COMPARED or name in OF_BASH or name.startswith("BASH_FUNC_"):
             continue
-        for place, word in sorted(places(probe_dir).items(), key=lambda item: -len(item[0])):
-            value = value.replace(place, word)
         found[name] = value
+        for place, word in sorted(places(probe_dir).items(), key=lambda item: -len(item[0])):
+            found[name] = found[name].replace(place, word)
     return found
 
 
@@ -109,7 +110,7 @@ def test_mounts_are_those_of_disk_image_create(theirs: Path, probe_build: Run, p
     def on_the_tree(probe_dir: Path) -> dict[str, str]:
         root = "" if phase.where is Where.CHROOT else environment(probe_dir, phase)["TMP_MOUNT_PATH"]
         seen = mounts(probe_dir, phase)
-        kinds = {"/tmp/in_target.d": "bind", "/": "root"}  # noqa: S108 - a mount point inside the chroot
+        kinds = {"/tmp/in_target.d": "bind", "/": "root"}
         return {
             point.removeprefix(root) or "/": kinds.get(point, fields[2]) + " " + fields[3].split(",")[0]
             for point, fields in seen.items()

@@ -8,9 +8,7 @@ EVENT_TRACE: int
 EVENT_WARNING: int
 
 class GuestFS:
-    def __init__(
-        self, python_return_dict: bool = ..., environment: bool = ..., close_on_exit: bool = ...
-    ) -> None: ...
+    def __init__(self, python_return_dict: bool = ..., environment: bool = ..., close_on_exit: bool = ...) -> None: ...
     def add_drive_opts(
         self,
         filename: str,

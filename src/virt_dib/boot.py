@@ -38,14 +38,14 @@ _MOST_CPUS = 2
 _TABLE_BYTES = 64 * 1024
 """Enough of a disk for its partition table: 128 entries end before it, with any sector size."""
 
-_DEAD_ENDS = re.compile(
+_DEAD_LINES = re.compile(
     r"Kernel panic - not syncing"
-    r"|^grub rescue>"
-    r"|^\(initramfs\)"
     r"|^You are in emergency mode"
     r"|^BdsDxe: No bootable option"
 )
 """What a guest prints when it will not come up any more."""
+_DEAD_PROMPTS = re.compile(r"^(grub rescue>|\(initramfs\)|Shell>)")
+"""Where it stops and asks instead. The last is of UEFI with nothing to start."""
 
 _FIRMWARE_FILES = (
     # Debian, Ubuntu
@@ -106,7 +106,7 @@ def boot_test(
         UsageError: *expect* is no regular expression, or the image is of another kind than raw and qcow2,
             or needs other files.
         PrerequisiteError: qemu or the firmware is not installed.
-        ToolError: the image cannot be read.
+        ToolError: the image cannot be read, or qemu failed.
     """
     try:
         wanted = re.compile(expect)
@@ -120,7 +120,7 @@ def boot_test(
     with _private_dir() as directory:
         table = _partition_table(image, disk_format, directory)
         if firmware is None:
-            firmware = Firmware.UEFI if _has_system_partition(table) else Firmware.BIOS
+            firmware = _firmware_by(table)
         command = [
             str(qemu),
             *_machine_options(memory_mib, accelerate=accelerate),
@@ -136,6 +136,16 @@ def boot_test(
         reason=reason,
         last_lines=tuple(console.last_lines),
     )
+
+
+def firmware_for(image: Path, *, image_format: str | None = None) -> Firmware:
+    """The firmware that *image* is made for, UEFI if it has an EFI system partition.
+
+    Raises:
+        VirtDibError: as of :func:`boot_test`.
+    """
+    with _private_dir() as directory:
+        return _firmware_by(_partition_table(image, image_format or probe_format(image), directory))
 
 
 def probe_format(image: Path) -> str:
@@ -164,9 +174,7 @@ def _head(image: Path, size_bytes: int) -> bytes:
     try:
         if not image.is_file():
             why = "it is no regular file" if image.exists() else "no such file"
-            raise ToolError(
-                f"cannot read the image '{image}': {why}", hint="give the path of a raw or qcow2 image"
-            )
+            raise ToolError(f"cannot read the image '{image}': {why}", hint="give the path of a raw or qcow2 image")
         with image.open("rb") as stream:
             return stream.read(size_bytes)
     except OSError as error:
@@ -182,9 +190,7 @@ def _check_qcow2(image: Path) -> None:
     magic, version, backing_offset = struct.unpack_from(">4sIQ", head)
     (incompatible,) = struct.unpack_from(">Q", head, 72)
     if magic != b"QFI\xfb":
-        raise UsageError(
-            f"cannot boot '{image}': it is no qcow2 image", hint="leave out --format to have it detected"
-        )
+        raise UsageError(f"cannot boot '{image}': it is no qcow2 image", hint="leave out --format to have it detected")
     has_data_file = version >= 3 and incompatible & 0x4  # noqa: PLR2004 - the version that has these bits
     if backing_offset or has_data_file:
         raise UsageError(
@@ -211,6 +217,10 @@ def _partition_table(image: Path, disk_format: str, directory: Path) -> bytes:
 def _sector_bytes(table: bytes) -> int:
     """4096 where the GPT says so by its place, the second sector; else 512."""
     return 4096 if table[4096:4104] == b"EFI PART" and table[512:520] != b"EFI PART" else 512
+
+
+def _firmware_by(table: bytes) -> Firmware:
+    return Firmware.UEFI if _has_system_partition(table) else Firmware.BIOS
 
 
 def _has_system_partition(table: bytes) -> bool:
@@ -317,7 +327,10 @@ def _watch(command: list[str], directory: Path, console: _Console, timeout_s: fl
     if code == 0:
         return False, "the guest reset or powered off"
     how = "closed its console" if code is None else f"ended with {tools.describe_status(code)}"
-    return False, f"qemu {how}{': ' + said if said else ''}"
+    raise ToolError(
+        f"starting the image: qemu {how}{': ' + said if said else ''}",
+        hint="does 'qemu-img check' like the image, and is no other program using it? VIRT_DIB_KVM=off rules out KVM",
+    )
 
 
 # ---- the console ----
@@ -347,8 +360,8 @@ class _Console:
                 break
             self._take(line)
         self._rest = text[begin:]
-        # A prompt has no line end.
-        if self.outcome is None and self._judge(self._rest) is not None:
+        # A prompt has no line end; of anything else, what is here may be the first half.
+        if self.outcome is None and (self._wanted.search(self._rest) or _DEAD_PROMPTS.search(self._rest)):
             self.finish()
 
     def finish(self) -> None:
@@ -368,6 +381,6 @@ class _Console:
     def _judge(self, text: str) -> tuple[bool, str] | None:
         if self._wanted.search(text):
             return True, text.strip()
-        if _DEAD_ENDS.search(text):
+        if _DEAD_LINES.search(text) or _DEAD_PROMPTS.search(text):
             return False, f"the guest stopped at '{text.strip()}'"
         return None

@@ -89,9 +89,7 @@ def _seconds(text: str) -> float:
 def _mebibytes(text: str) -> int:
     value = int(text) if text.isascii() and text.isdecimal() and len(text) <= _MEMORY_DIGITS else 0
     if value < _LEAST_MEMORY_MIB:
-        raise argparse.ArgumentTypeError(
-            f"cannot use '{text}', give a whole number of MB from {_LEAST_MEMORY_MIB}"
-        )
+        raise argparse.ArgumentTypeError(f"cannot use '{text}', give a whole number of MB from {_LEAST_MEMORY_MIB}")
     return value
 
 
@@ -119,6 +117,8 @@ def _boot(options: argparse.Namespace) -> int:
     if result.passed:
         _print_line(f"{options.image.name}: booted to '{result.reason}' in {result.seconds:.1f} s ({how})")
         return 0
+    if not options.verbose:
+        _show_end(result)
     raise VirtDibError(
         f"booting '{options.image}' ({how}): {result.reason}",
         hint=_hint(result, timed_out=result.seconds >= options.timeout_s),
@@ -126,13 +126,19 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _hint(result: BootResult, *, timed_out: bool) -> str:
-    """What to do, and where the guest stood: errors are printed in one place, console lines included."""
-    advice = "give it longer with --timeout, or look for another text with --expect" if timed_out else ""
-    other = Firmware.BIOS if result.firmware is Firmware.UEFI else Firmware.UEFI
-    advice = advice or f"if the image is made for {other.value}, use --{other.name.lower()}"
     if not result.last_lines:
-        return f"{advice}; nothing came from its serial console: is the kernel told console=ttyS0?"
-    return "\n".join([f"{advice}; the last lines of its console:", *(f"  {line}" for line in result.last_lines)])
+        return "nothing came from its serial console: is its kernel told console=ttyS0?"
+    if timed_out:
+        return "give it longer with --timeout, or look for another text with --expect"
+    other = Firmware.BIOS if result.firmware is Firmware.UEFI else Firmware.UEFI
+    advice = f"if it is made for {other.value}, use --{other.name.lower()}"
+    return f"see the last lines of its console above; {advice}"
+
+
+def _show_end(result: BootResult) -> None:
+    if result.last_lines:
+        lines = ["the last lines of its console:", *(f"  {printable(line)}" for line in result.last_lines)]
+        write_out(sys.stderr, "\n".join(lines) + "\n")
 
 
 def _print_line(line: str) -> None:

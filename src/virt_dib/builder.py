@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from virt_dib import environment as contract
@@ -18,7 +18,7 @@ from virt_dib import formats, kvm, layout, staging
 from virt_dib.appliance import Appliance, Disk, Event, Settings, open_appliance
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError, ToolError
-from virt_dib.monitor import BuildMonitor, Monitor
+from virt_dib.monitor import BuildMonitor
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import DISK_PHASES, TREE_PHASES, BuildSpec, Phase, Where
@@ -26,8 +26,9 @@ from virt_dib.spec import DISK_PHASES, TREE_PHASES, BuildSpec, Phase, Where
 _GUEST_SCRIPTS = f"{contract.GUEST}/guest"
 _RUNNER_PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _OUT_LIMIT_BYTES = 16 * 1024**3
-_STEPS = ("starting the appliance", "making the image disk", "copying the tree", "cleaning up", "writing")
+_STEPS = ("starting the appliance", "making the image disk", "copying the tree", "cleaning up")
 _NO_TREE_STATUS = 3
+_LAST_LINES = 10
 
 
 def build_image(
@@ -49,12 +50,14 @@ def build_image(
     with _workspace() as workspace:
         plan = make_plan(spec, workspace, problems)
         log_path = spec.output_dir / f"{spec.name}.log"
-        steps = len(TREE_PHASES) + len(DISK_PHASES) + len(_STEPS) + len(plan.formats) - 1
+        phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
+        steps = len(phases) + len(_STEPS) + len(plan.formats) + (1 if spec.extra_packages else 0)
         with open_monitor(log_path, steps) as monitor:
-            build = _Build(plan, monitor, workspace, acceleration_wanted, trace)
+            build = _Build(plan, monitor, workspace, acceleration_wanted, trace=trace)
             artifacts = build.run()
+    log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
     return BuildReport(
-        name=spec.name, phases=tuple(build.results), artifacts=artifacts, seconds=time.monotonic() - begun
+        name=spec.name, phases=tuple(build.results), artifacts=(*artifacts, log), seconds=time.monotonic() - begun
     )
 
 
@@ -85,7 +88,7 @@ class _Build:
     """One build under way."""
 
     def __init__(
-        self, plan: BuildPlan, monitor: Monitor, workspace: Path, acceleration_wanted: str, trace: bool
+        self, plan: BuildPlan, monitor: BuildMonitor, workspace: Path, acceleration_wanted: str, *, trace: bool
     ) -> None:
         self._plan = plan
         self._monitor = monitor
@@ -117,7 +120,7 @@ class _Build:
             for output in plan.formats:
                 with self._step(f"writing {output.name}"):
                     outputs.convert(output, image_disk.path)
-            return outputs.publish(left)
+            return outputs.publish(has_files=left)
 
     # ---- the appliance ----
 
@@ -217,7 +220,8 @@ class _Build:
             raise ScriptError(
                 f"installing the extra packages {', '.join(packages)}: install-packages failed with exit status "
                 f"{result.exit_status}",
-                hint=f"its output is in the log; the elements must provide install-packages and the packages exist",
+                hint=f"an element must provide install-packages, and the packages must exist; {_where(self._monitor)}",
+                details=self._monitor.tail(_LAST_LINES),
             )
 
     # ---- the image disk ----
@@ -277,7 +281,7 @@ class _Build:
         if result.exit_status != 0:
             raise ApplianceError(
                 f"making the image disk: {output.last}",
-                hint="is --size large enough for all partitions? dib-block-device's output is in the log",
+                hint=f"is --size large enough for all partitions? {_where(self._monitor)}",
             )
         values: dict[str, str] = json.loads(appliance.read(answers))
         return values
@@ -297,9 +301,9 @@ class _Build:
 class _PhaseScripts:
     """Follows the events of one phase, and turns its end into results or an error."""
 
-    def __init__(self, phase: Phase, owners: object, monitor: Monitor) -> None:
+    def __init__(self, phase: Phase, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
         self._phase = phase
-        self._owners = owners if isinstance(owners, dict) else dict(owners)  # type: ignore[call-overload]
+        self._owners = owners
         self._monitor = monitor
         self._listed = False
         self._running: tuple[str, float] | None = None
@@ -342,15 +346,22 @@ class _PhaseScripts:
         if failed is None:
             raise ScriptError(
                 f"{self._phase.directory}: its scripts could not be run, exit status {exit_status}",
-                hint="the last lines of the log say why; a file in environment.d may be at fault",
+                hint=f"a file in environment.d may be at fault; {_where(self._monitor)}",
+                details=self._monitor.tail(_LAST_LINES),
             )
         element = f" of element '{failed.element}'" if failed.element else ""
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
         raise ScriptError(
-            f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s"
+            f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
+            hint=_where(self._monitor),
+            details=self._monitor.tail(_LAST_LINES),
         )
+
+
+def _where(monitor: BuildMonitor) -> str:
+    return f"all of its output is in '{monitor.log_path}' from line {monitor.line_number}"
 
 
 class _Lines:
@@ -395,7 +406,7 @@ class _Outputs:
         partial = self._new(f"{spec.name}.{output.suffix}", output)
         formats.write(output, disk, partial, compress=spec.compress, options=spec.qemu_img_options)
 
-    def publish(self, has_files: bool) -> tuple[Artifact, ...]:
+    def publish(self, *, has_files: bool) -> tuple[Artifact, ...]:
         """Give every file its name; what had that name before is replaced."""
         artifacts = []
         for partial, final, output in self._partial:

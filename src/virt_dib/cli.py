@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``virt-dib``: options to a BuildSpec, errors to messages, the exit status.
 
-All mistakes of a command line are told together. argparse stops at the first, so the words of the
-command line are put in order before it sees them, and it hands over the values as they were written.
+All mistakes of a command line are told together. argparse stops at the first, so it only writes the
+help; the words of the command line are read here, by the same table of options.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -84,12 +84,12 @@ class CommandLine:
 
 
 class _Takes(enum.Enum):
-    """How argparse is to keep an option."""
+    """What follows an option, and what becomes of it."""
 
-    NOTHING = "store_true"
-    REFUSAL = "store_false"
-    VALUE = "store"
-    VALUES = "append"
+    NOTHING = "sets its destination to True"
+    REFUSAL = "sets its destination to False"
+    VALUE = "the last one counts"
+    VALUES = "all are kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,49 +180,61 @@ _BY_NAME: Mapping[str, _Option] = {
 }
 
 
-class _Namespace(argparse.Namespace):
+@dataclass(slots=True)
+class _Given:
     """The values as written; None and empty lists where an option was not given."""
 
-    elements: list[str]
-    name: str | None
-    formats: str | None
-    arch: str | None
-    install_type: str | None
-    extra_packages: list[str]
-    dib_library: str | None
-    element_paths: list[str]
-    skip_base: bool
-    excluded_elements: list[str]
-    excluded_scripts: list[str]
-    envvars: list[str]
-    debug: str | None
-    size: str | None
-    fs_type: str | None
-    root_label: str | None
-    mkfs_options: str | None
-    qemu_img_options: str | None
-    uncompressed: bool
-    keep_on_failure: bool
-    memory: str | None
-    cpus: str | None
-    network: bool
-    kvm: str | None
-    quiet: bool
-    verbose: bool
-    trace: bool
-    version: bool
-    help: bool
+    elements: list[str] = field(default_factory=list)
+    name: str | None = None
+    formats: str | None = None
+    arch: str | None = None
+    install_type: str | None = None
+    extra_packages: list[str] = field(default_factory=list)
+    dib_library: str | None = None
+    element_paths: list[str] = field(default_factory=list)
+    skip_base: bool = False
+    excluded_elements: list[str] = field(default_factory=list)
+    excluded_scripts: list[str] = field(default_factory=list)
+    envvars: list[str] = field(default_factory=list)
+    debug: str | None = None
+    size: str | None = None
+    fs_type: str | None = None
+    root_label: str | None = None
+    mkfs_options: str | None = None
+    qemu_img_options: str | None = None
+    uncompressed: bool = False
+    keep_on_failure: bool = False
+    memory: str | None = None
+    cpus: str | None = None
+    network: bool = True
+    kvm: str | None = None
+    quiet: bool = False
+    verbose: bool = False
+    trace: bool = False
+    version: bool = False
+    help: bool = False
+
+    def take(self, option: _Option, value: str) -> None:
+        """Keep one option of the command line."""
+        if option.takes is _Takes.VALUES:
+            getattr(self, option.dest).append(value)
+        elif option.takes is _Takes.VALUE:
+            setattr(self, option.dest, value)
+        else:
+            setattr(self, option.dest, option.takes is _Takes.NOTHING)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser: names, help and groups of the options; it leaves values as they are written."""
+    """Names, help and groups of the options, for the help and for those who compare it with the manual.
+
+    Command lines are read by :func:`parse`.
+    """
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=_USAGE,
         description=_DESCRIPTION,
         epilog=_EPILOG,
         add_help=False,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for title, options in _GROUPS.items():
@@ -231,18 +243,9 @@ def build_parser() -> argparse.ArgumentParser:
             group.add_argument("elements", nargs="*", metavar="ELEMENT", help="such as debian-minimal, vm")
         for option in options:
             if option.wants_value:
-                default: list[str] | None = [] if option.takes is _Takes.VALUES else None
-                group.add_argument(
-                    *option.names,
-                    dest=option.dest,
-                    action=option.takes.value,
-                    metavar=option.metavar,
-                    default=default,
-                    help=option.help,
-                )
+                group.add_argument(*option.names, dest=option.dest, metavar=option.metavar, help=option.help)
             else:
-                group.add_argument(*option.names, dest=option.dest, action=option.takes.value, help=option.help)
-    parser.set_defaults(network=True)
+                group.add_argument(*option.names, dest=option.dest, action="store_true", help=option.help)
     return parser
 
 
@@ -259,9 +262,7 @@ class _Words:
 
     def __init__(self, arguments: Iterable[str]) -> None:
         self._rest = list(arguments)
-        self.options: list[str] = []
-        """Each one word, ``--name=value``."""
-        self.elements: list[str] = []
+        self.given = _Given()
         self.problems: list[Problem] = []
 
     def sort(self) -> None:
@@ -269,24 +270,22 @@ class _Words:
         while self._rest:
             word = self._rest.pop(0)
             if word == "--":
-                self.elements += self._rest
+                self.given.elements += self._rest
                 self._rest.clear()
             elif word.startswith("--"):
                 self._long(word)
-            elif len(word) > len("-x") and word[0] == "-" and _long_names("-" + word.partition("=")[0]):
+            elif _has_one_dash(word):
                 self._long("-" + word)
             elif word.startswith("-") and word != "-":
                 self._short(word)
             else:
-                self.elements.append(word)
+                self.given.elements.append(word)
 
     def _long(self, word: str) -> None:
         name, equals, value = word.partition("=")
         candidates = _long_names(name)
         if len(candidates) > 1:
-            self.problems.append(
-                Problem(f"option '{name}' could be any of {', '.join(candidates)}", "write it out")
-            )
+            self.problems.append(Problem(f"option '{name}' could be any of {', '.join(candidates)}", "write it out"))
         elif not candidates:
             self._unknown(name, has_value=bool(equals))
         elif _BY_NAME[candidates[0]].wants_value:
@@ -294,7 +293,7 @@ class _Words:
         elif equals:
             self.problems.append(Problem(f"option '{candidates[0]}' takes no value, not '{value}'"))
         else:
-            self.options.append(candidates[0])
+            self.given.take(_BY_NAME[candidates[0]], "")
 
     def _short(self, word: str) -> None:
         for position, letter in enumerate(word[1:], 2):
@@ -306,23 +305,31 @@ class _Words:
             if option.wants_value:
                 self._with_value(f"-{letter}", word[position:] or None)
                 return
-            self.options.append(f"-{letter}")
+            self.given.take(option, "")
 
     def _with_value(self, name: str, value: str | None) -> None:
         if value is not None:
-            self.options.append(f"{name}={value}")
+            self.given.take(_BY_NAME[name], value)
         elif self._rest:
-            self.options.append(f"{name}={self._rest.pop(0)}")
+            self.given.take(_BY_NAME[name], self._rest.pop(0))
         else:
             self.problems.append(Problem(f"option '{name}' needs a value", f"{name} {_BY_NAME[name].metavar}"))
 
     def _unknown(self, name: str, *, has_value: bool) -> None:
-        meant = _closest(name if name.startswith("--") else f"-{name}", _BY_NAME)
+        word = name if name.startswith("--") else f"-{name}"
+        # A single letter is close to anything.
+        meant = _closest(word, _BY_NAME) if len(name) > len("-x") else None
         if meant and _BY_NAME[meant].wants_value and not has_value and self._rest:
             # Its value is no element.
             del self._rest[0]
         hint = f"did you mean '{meant}'?" if meant else f"'{PROG} --help' lists all options"
         self.problems.append(Problem(f"unknown option '{name}'", hint))
+
+
+def _has_one_dash(word: str) -> bool:
+    """Whether *word* is a long option, such as ``-formats``, rather than short ones in one."""
+    name = word.partition("=")[0]
+    return name.startswith("-") and len(name) > len("-x") and bool(_long_names(f"-{name}"))
 
 
 def _long_names(beginning: str) -> list[str]:
@@ -348,8 +355,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
     environ = os.environ if environment is None else environment
     words = _Words(arguments)
     words.sort()
-    given = build_parser().parse_args(words.options, namespace=_Namespace())
-    given.elements = words.elements
+    given = words.given
     values = _Values(words.problems)
     options = Options(
         quiet=given.quiet,
@@ -377,7 +383,7 @@ class _Values:
             return default
 
 
-def _spec(given: _Namespace, values: _Values, environ: Mapping[str, str], arguments: tuple[str, ...]) -> BuildSpec:
+def _spec(given: _Given, values: _Values, environ: Mapping[str, str], arguments: tuple[str, ...]) -> BuildSpec:
     output_dir, name = values.take(lambda: _name(given.name), (Path(), _DEFAULT_NAME))
     fs_type = values.take(lambda: _choice("file system", given.fs_type, tuple(LABEL_LIMITS), _DEFAULT_FS_TYPE), "")
     root_label = values.take(lambda: _label(given.root_label, fs_type), None)
@@ -388,7 +394,7 @@ def _spec(given: _Namespace, values: _Values, environ: Mapping[str, str], argume
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
         dib_library=values.take(lambda: _path("-B", given.dib_library), None),
         formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
-        size_bytes=values.take(lambda: _size(given.size), DEFAULT_SIZE_BYTES),
+        size_bytes=values.take(lambda: _size(given.size), _size(None)),
         arch=values.take(lambda: _arch(given.arch), host_arch()),
         variables=values.take(lambda: _variables(given.envvars, environ), {}),
         debug_level=values.take(lambda: _number("debug level", given.debug, 0, _MAX_DEBUG_LEVEL), None) or 0,
@@ -422,7 +428,7 @@ def host_arch() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
 
 
-def _answer(given: _Namespace) -> str | None:
+def _answer(given: _Given) -> str | None:
     if given.help:
         return build_parser().format_help()
     return f"{PROG} {__version__}\n" if given.version else None
@@ -468,9 +474,7 @@ def _formats(text: str | None) -> tuple[str, ...]:
 
 
 def _variables(items: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
-    return {
-        name: value for name, value in _each(items, lambda item: _variable(item, environ)) if value is not None
-    }
+    return {name: value for name, value in _each(items, lambda item: _variable(item, environ)) if value is not None}
 
 
 def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
@@ -488,9 +492,7 @@ def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
 def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
     if text is not None:
         return _choice("value of --kvm", text, _KVM_CHOICES, "auto")
-    return _choice(
-        f"value of the variable {KVM_VARIABLE}", environ.get(KVM_VARIABLE) or None, _KVM_CHOICES, "auto"
-    )
+    return _choice(f"value of the variable {KVM_VARIABLE}", environ.get(KVM_VARIABLE) or None, _KVM_CHOICES, "auto")
 
 
 def _size(text: str | None) -> int | None:
@@ -575,6 +577,8 @@ def report_errors(prog: str, body: Callable[[], int]) -> int:
     except VirtDibError as error:
         for problem in error.problems:
             _complain(prog, "error", problem.message, _RED)
+            for line in problem.details:
+                write_out(sys.stderr, f"    {printable(line)}\n")
             if problem.hint:
                 _complain(prog, "hint", problem.hint, None)
         return error.exit_status
@@ -625,6 +629,9 @@ def _run(arguments: Sequence[str]) -> int:
     if command.options.answer is not None:
         write_out(sys.stdout, command.options.answer)
         return 0
+    if not command.spec.elements:
+        # Nothing to plan with, and the plan would only say so again.
+        raise UsageError.of(command.problems)
     with interrupts():
         report = _build(command)
         if not command.options.quiet:

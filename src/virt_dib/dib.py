@@ -24,7 +24,7 @@ _INSTALL = "install it: pip install diskimage-builder; or give its library direc
 
 _NEEDED = (_PACKAGE, "networkx", "stevedore", "yaml")
 _WANTED = ("pbr", "six", "decorator", "importlib_metadata", "zipp")
-"""Taken along where they are installed: releases of the needed modules before 2021 import them."""
+"""Taken along where installed: DIB's version imports pbr, older releases of stevedore and networkx the others."""
 
 # Runs in DIB's interpreter, which may be as old as Python 3.8. Only the package's metadata directory names
 # its plugins, and the private attribute is the one way to it that works for .egg-info too.

@@ -156,12 +156,10 @@ class _Expansion:
                 if provided in self.providers:
                     self.wrong[Reason.ALREADY_PROVIDED, provided] = None
                 self.providers.setdefault(provided, []).append(name)
-            new = [
-                other for other in element.depends if other not in self.needed_by and other not in self.excluded
-            ]
+            new = [other for other in element.depends if other not in self.needed_by and other not in self.excluded]
             new.sort(key=self._rank)
             self.needed_by.update(dict.fromkeys(new, name))
-            queue.extend(other for other in new if other not in self.providers)
+            queue.extend(new)
 
     def check(self) -> None:
         """Look for what is wrong with the whole."""
@@ -201,18 +199,18 @@ class _Expansion:
         hint = f"searched {searched}" if searched else "there are no elements where -p says; check the directories"
         if suggestions:
             hint = f"did you mean {_quoted(suggestions, 'or')}? {hint}"
-        return SelectionProblem(message, hint, Reason.MISSING)
+        return SelectionProblem(message, hint, reason=Reason.MISSING)
 
     def _already_provided(self, name: str) -> Problem:
         providers = self.providers[name]
         if name in self.wanted:
             message = f"element '{name}' is asked for, but provided by {_quoted(providers, 'and')} already"
-            return SelectionProblem(message, f"leave out '{name}'", Reason.ALREADY_PROVIDED)
+            return SelectionProblem(message, f"leave out '{name}'", reason=Reason.ALREADY_PROVIDED)
         needs = [f"'{provider}' is needed by '{by}'" for provider in providers if (by := self.needed_by[provider])]
         return SelectionProblem(
             f"elements {_quoted(providers, 'and')} cannot be built together: each provides '{name}'",
             "; ".join(["leave out all but one of them", *needs]),
-            Reason.ALREADY_PROVIDED,
+            reason=Reason.ALREADY_PROVIDED,
         )
 
     def _no_operating_system(self) -> Problem:
@@ -220,7 +218,7 @@ class _Expansion:
         hint = "name directories with -p that have an element for one"
         if examples:
             hint = f"add one, such as {_quoted(examples[:_MOST_EXAMPLES], 'or')}"
-        return SelectionProblem("none of the elements is an operating system", hint, Reason.NO_OPERATING_SYSTEM)
+        return SelectionProblem("none of the elements is an operating system", hint, reason=Reason.NO_OPERATING_SYSTEM)
 
 
 def _quoted(names: Sequence[str], conjunction: str) -> str:
@@ -255,9 +253,7 @@ def _read_names(path: Path, problems: list[Problem]) -> frozenset[str]:
         problems.append(Problem(f"reading '{path}': it is not UTF-8", "write one name of an element on each line"))
         return frozenset()
     except OSError as error:
-        problems.append(
-            Problem(f"reading '{path}': {error.strerror}", "make it a file that can be read, or remove it")
-        )
+        problems.append(Problem(f"reading '{path}': {error.strerror}", "make it a file that can be read, or remove it"))
         return frozenset()
     return frozenset(name for line in _LINE_ENDS.split(text) if (name := line.strip()))
 

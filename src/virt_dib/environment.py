@@ -110,6 +110,8 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("SHELL", _always("/bin/bash")),
     _Variable("LC_ALL", _always("C")),
     _Variable("TERM", _always("dumb")),
+    # Not in the contract: what DIB's Python scripts print would come only when they end.
+    _Variable("PYTHONUNBUFFERED", _always("1"), user_wins=True),
     # bash takes no other value over from the environment when it runs as root; sudo drops it on the way in.
     _Variable("PS4", lambda _, phase: "+ " if phase.where is Where.OUTSIDE else None),
     _Variable("_LIB", _always(f"{SITE}/diskimage_builder/lib")),
@@ -169,7 +171,7 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
     """
     variables: dict[str, str] = {}
     if phase is Phase.EXTRA_DATA:
-        variables.update(_from_host(facts.host_environment))
+        variables.update(from_host(facts.host_environment))
     variables.update(facts.spec.variables)
     for variable in _TABLE:
         if variable.user_wins and variable.name in facts.spec.variables:
@@ -217,7 +219,8 @@ def _declared(value: str) -> str:
     return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
 
 
-def _from_host(environment: Mapping[str, str]) -> dict[str, str]:
+def from_host(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the host's environment extra-data.d may see."""
     return {
         name: value
         for name, value in environment.items()

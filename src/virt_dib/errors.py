@@ -15,6 +15,8 @@ class Problem:
     """Lower-case clause without a full stop: what was being done, to what, why it failed."""
     hint: str | None = None
     """What to do next, in the same form."""
+    details: tuple[str, ...] = ()
+    """Lines shown between the two: the last output of what failed, made harmless."""
 
 
 class VirtDibError(Exception):
@@ -26,9 +28,9 @@ class VirtDibError(Exception):
 
     exit_status = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, details: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.problems: tuple[Problem, ...] = (Problem(message, hint),)
+        self.problems: tuple[Problem, ...] = (Problem(message, hint, details),)
 
     @classmethod
     def of(cls, problems: Iterable[Problem]) -> VirtDibError:

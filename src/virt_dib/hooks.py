@@ -181,9 +181,7 @@ class _Merge:
                 if self._make_directory(element, entry):
                     self._copied_dirs.append((entry.source, self.into / entry.relative))
                     below = self._listed(entry.source)
-                    pending.extend(
-                        _Entry(path, f"{entry.relative}/{path.name}", may_replace=True) for path in below
-                    )
+                    pending.extend(_Entry(path, f"{entry.relative}/{path.name}", may_replace=True) for path in below)
             elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                 self._add_file(element, entry)
             else:
@@ -235,7 +233,8 @@ class _Merge:
         try:
             return path.stat(follow_symlinks=follow).st_mode
         except OSError as error:
-            if not path.is_symlink():
+            # Not Path.is_symlink, which raises where a path is too long.
+            if not os.path.islink(path):
                 self._cannot_copy(path, error)
             return None
 

@@ -201,12 +201,9 @@ def complaint(stream: IO[bytes] | None) -> str:
     """
     said = b"".join(read_console(stream, until_s=time.monotonic() + 0.2)).decode(errors="replace")
     lines = [
-        re.sub(r"^\S*qemu\S*: (-\S+( \S+)?: )?(error: )?", "", line).strip()
-        for line in printable(said).splitlines()
+        re.sub(r"^\S*qemu\S*: (-\S+( \S+)?: )?(error: )?", "", line).strip() for line in printable(said).splitlines()
     ]
-    telling = [line for line in lines if line and not line.startswith("warning:")] or [
-        line for line in lines if line
-    ]
+    telling = [line for line in lines if line and not line.startswith("warning:")] or [line for line in lines if line]
     return telling[0].replace("\t", " ")[:_COMPLAINT_CHARACTERS] if telling else ""
 
 
@@ -320,11 +317,7 @@ class _Memory:
     def recall(self) -> Verdict | None:
         entry = self._entries().get(self._key)
         try:
-            return (
-                Verdict(acceleration=Acceleration(entry["acceleration"]), reason=entry["reason"])
-                if entry
-                else None
-            )
+            return Verdict(acceleration=Acceleration(entry["acceleration"]), reason=entry["reason"]) if entry else None
         except (KeyError, ValueError):
             return None
 

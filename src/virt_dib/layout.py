@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -203,7 +202,7 @@ def _ask(
     if "DIB_BLOCK_SIZE" in spec.variables:
         variables["DIB_BLOCK_SIZE"] = spec.variables["DIB_BLOCK_SIZE"]
     result = tools.run(
-        [dib.python or sys.executable, guest_script("block-device.py"), answers_path, *commands],
+        [dib.python, guest_script("block-device.py"), answers_path, *commands],
         doing="checking the block device configuration",
         environment=variables,
         check=False,

@@ -58,16 +58,19 @@ class Monitor(Protocol):
 # ---- text that does no harm ----
 
 _STRING_LIMIT = 1024
-_CSI = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
-_STRING = rf"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x0a\x1b\x80-\x9f]{{0,{_STRING_LIMIT}}}"
-_ESCAPE = r"\x1b[ -/]{0,8}"
+_CSI = r"(?:(?<=\x1b)\[|(?<=\x9b))[0-?]{0,64}[ -/]{0,8}"
+_STRING = rf"(?:(?<=\x1b)[\]PX^_]|(?<=[\x90\x98\x9d-\x9f]))[^\x07\x0a\x1b\x80-\x9f]{{0,{_STRING_LIMIT}}}"
+_ESCAPE = r"(?<=\x1b)[ -/]{0,8}"
 _CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
-_HARMFUL = re.compile(rf"{_CSI}[@-~]|{_STRING}(?:\x07|\x1b\\|\x9c)|{_ESCAPE}[0-~]|{_CONTROL}")
+_HARMFUL = re.compile(rf"{_CONTROL}(?:{_CSI}[@-~]|{_STRING}(?:\x07|\x1b\\|\x9c)|{_ESCAPE}[0-~])?")
 """Whole escape sequences (ECMA-48, 7-bit and 8-bit), other control characters, and what turns the
-direction of text around. The parts of a sequence have limits, lest one that never ends hide the rest."""
-_OPEN = re.compile(rf"(?:{_CSI}|{_STRING}\x1b?|{_ESCAPE})\Z")
+direction of text around. The parts of a sequence have limits, lest one that never ends hide the rest.
+It begins with one set of characters, and looks back at what it was, because that makes it fast."""
+_OPEN = re.compile(rf"{_CONTROL}(?:{_CSI}|{_STRING}\x1b?|{_ESCAPE})\Z")
 """What may become a whole sequence with more text. Never begins within a whole one."""
+_PLAIN = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
+"""The bytes of text without anything harmful, or not ASCII, in it."""
 _LONGEST_OPEN = _STRING_LIMIT + 8
 
 
@@ -87,11 +90,17 @@ class Sanitiser:
 
     def feed(self, data: bytes) -> str:
         """Return the text that *data* adds."""
+        if not (self._open or self._decoder.getstate()[0] or data.translate(None, _PLAIN)):
+            return self._settle(data.decode("ascii"))
         text = self._open + self._decoder.decode(data)
         found = _OPEN.search(text, max(0, len(text) - _LONGEST_OPEN))
         end = found.start() if found else len(text)
         self._open = text[end:]
-        text = self._return + _HARMFUL.sub("", text[:end])
+        return self._settle(_HARMFUL.sub("", text[:end]))
+
+    def _settle(self, text: str) -> str:
+        """Break *text* into lines, but for a carriage return at its end that may be half of a line end."""
+        text = self._return + text
         kept = text.rstrip("\r")
         self._return = text[len(kept) :][:1]
         return self._break_lines(kept)
@@ -416,9 +425,7 @@ class BuildMonitor:
             how = f"{how} ({result.signal_name})"
         with self._lock:
             self._end_output()
-            self._say(
-                f"{result.phase.directory}/{result.name} {how} after {result.seconds:.1f} s", shown=self._loud
-            )
+            self._say(f"{result.phase.directory}/{result.name} {how} after {result.seconds:.1f} s", shown=self._loud)
 
     def phase_finished(self, result: PhaseResult) -> None:
         """Log how long the phase took."""

@@ -75,7 +75,11 @@ def make_plan(
     if tree is None or disk is None:
         raise AssertionError
     environ = dict(os.environ if host_environment is None else host_environment)
-    places = _fill(staging, spec, installation, chosen, search_path, disk, environ)
+    _fill(staging, installation, disk)
+    places = staging.add_elements(chosen, search_path)
+    home = Path(environ["HOME"]) if environ.get("HOME") else None
+    for path, inside in wanted_host_files({**environ, **spec.variables}, chosen, home):
+        staging.add_host_file(path, inside)
     return BuildPlan(
         spec=spec,
         dib=installation,
@@ -103,27 +107,14 @@ def _choose(spec: BuildSpec, search_path: Sequence[Path]) -> tuple[Element, ...]
     return elements.resolve(wanted, available, excluded=spec.excluded_elements)
 
 
-def _fill(
-    staging: Staging,
-    spec: BuildSpec,
-    installation: DibInstallation,
-    chosen: Sequence[Element],
-    search_path: Sequence[Path],
-    disk: Layout,
-    environ: Mapping[str, str],
-) -> Mapping[str, str]:
-    """Gather what the guest needs; return each element's directory in the guest."""
+def _fill(staging: Staging, installation: DibInstallation, disk: Layout) -> None:
+    """Gather what the guest needs whatever the elements are."""
     staging.add_guest_scripts()
-    python = tools.require("python3", purpose="run diskimage-builder in the appliance", package="python3")
     system_python = Path("/usr/bin/python3")
+    python = tools.require("python3", purpose="run diskimage-builder in the appliance", package="python3")
     staging.add_modules(dib.guest_modules(installation), system_python if system_python.exists() else python)
-    places = staging.add_elements(chosen, search_path)
-    home = environ.get("HOME")
-    for path, inside in wanted_host_files({**environ, **spec.variables}, chosen, Path(home) if home else None):
-        staging.add_host_file(path, inside)
     staging.write("build/block-device/config.yaml", disk.config)
     staging.write("build/block-device/params.yaml", layout.params_text(disk))
-    return places
 
 
 def _guest_search_path(count: int, places: Mapping[str, str]) -> tuple[str, ...]:

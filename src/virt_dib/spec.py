@@ -123,7 +123,7 @@ def parse_size(text: str) -> int | None:
             f"cannot use '{text}' as the size of the image",
             hint="give a number and a unit, such as 5G, 512M or 10737418240b, or 'auto'",
         )
-    size_bytes = int(float(match["number"]) * _UNITS[match["unit"]])
+    size_bytes = int(min(float(match["number"]), _LARGEST_DISK_BYTES + 1) * _UNITS[match["unit"]])
     if not 0 < size_bytes <= _LARGEST_DISK_BYTES:
         raise UsageError(
             f"cannot use '{text}' as the size of the image: it must be more than 0 and at most 1024P",

@@ -21,10 +21,11 @@ _DIRECTORIES = (
                 "home/.cache/dib/lockfiles", "host-files", "image", "jobs", "out", "site", "tmp")  # fmt: skip
 
 HOST_FILE_VARIABLES = (
-    "ACI_MANIFEST", "DIB_ADD_APT_KEYS", "DIB_APT_CONF", "DIB_APT_KEYRING", "DIB_APT_SOURCES", "DIB_CONTAINERFILE_DOCKERFILE",
-    "DIB_CONTAINER_CONTEXT", "DIB_DEBIAN_DEBOOTSTRAP_SCRIPT", "DIB_DEBIAN_KEYRING", "DIB_DEB_UPDATES_CONF",
-    "DIB_DEV_USER_AUTHORIZED_KEYS", "DIB_DPKG_MANIFEST", "DIB_FAIL2BAN_CONF", "DIB_ILO_FIRMWARE_PATH", "DIB_IPA_CA_FILE",
-    "DIB_IPA_CERT_FILE", "DIB_IPA_KEY_FILE", "DIB_LOCAL_IMAGE", "DIB_MANILA_USER_AUTHORIZED_KEYS", "DIB_OS_CI_YUM_REPOS",
+    "ACI_MANIFEST", "DIB_ADD_APT_KEYS", "DIB_APT_CONF", "DIB_APT_KEYRING", "DIB_APT_SOURCES",
+    "DIB_CONTAINERFILE_DOCKERFILE", "DIB_CONTAINER_CONTEXT", "DIB_DEBIAN_DEBOOTSTRAP_SCRIPT",
+    "DIB_DEBIAN_KEYRING", "DIB_DEB_UPDATES_CONF", "DIB_DEV_USER_AUTHORIZED_KEYS", "DIB_DPKG_MANIFEST",
+    "DIB_FAIL2BAN_CONF", "DIB_ILO_FIRMWARE_PATH", "DIB_IPA_CA_FILE", "DIB_IPA_CERT_FILE", "DIB_IPA_KEY_FILE",
+    "DIB_LOCAL_IMAGE", "DIB_MANILA_USER_AUTHORIZED_KEYS", "DIB_OS_CI_YUM_REPOS",
     "DIB_PYTHON_LOGGING_CONFIG_FILE", "DIB_STEPS_FILE_PATH", "DIB_YUM_MINIMAL_BOOTSTRAP_REPOS",
     "DIB_YUM_MINIMAL_EXTRA_REPOS", "DIB_YUM_REPO_CONF", "DIB_YUM_UPDATES_CONF", "ZUUL_USER_SSH_PUBLIC_KEY",
 )  # fmt: skip
@@ -159,12 +160,10 @@ def wanted_host_files(
                 if os.path.isabs(path) and os.path.normpath(path) == path and os.path.exists(path):
                     wanted.append((Path(path), path))
     for element in elements:
-        for file in ELEMENT_HOST_FILES.get(element.name, ()):
-            if os.path.exists(file):
-                wanted.append((Path(file), file))
-        for file in ELEMENT_HOME_FILES.get(element.name, ()):
-            if home is not None and (home / file).is_file():
-                wanted.append((home / file, f"/dib/home/{file}"))
+        named = [(Path(file), file) for file in ELEMENT_HOST_FILES.get(element.name, ())]
+        if home is not None:
+            named += [(home / file, f"/dib/home/{file}") for file in ELEMENT_HOME_FILES.get(element.name, ())]
+        wanted += [(path, inside) for path, inside in named if path.is_file()]
     return list(dict.fromkeys(wanted))
 
 
@@ -209,7 +208,9 @@ def copy_out(archive: Path, target: Path, *, limit_bytes: int) -> int:
             elif member.isreg():
                 left_bytes -= member.size
                 if left_bytes < 0:
-                    raise ApplianceError(f"the guest left more than {limit_bytes} bytes of files in its output directory")
+                    raise ApplianceError(
+                        f"the guest left more than {limit_bytes} bytes of files in its output directory"
+                    )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _write_member(tar, member, path)
                 files += 1

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
+import subprocess  # noqa: TID251 - the one importer
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

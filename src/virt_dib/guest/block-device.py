@@ -20,7 +20,7 @@ import yaml
 from diskimage_builder.block_device import blockdevice, cmd, config
 
 
-def check():
+def check() -> None:
     """Build DIB's node graph from the configuration and throw it away."""
     with open(os.environ["DIB_BLOCK_DEVICE_PARAMS_YAML"]) as stream:
         params = yaml.safe_load(stream)
@@ -29,7 +29,7 @@ def check():
     config.create_graph(device.config, params, blockdevice.BlockDeviceState())
 
 
-def run(command):
+def run(command: str) -> str:
     """Run one command of dib-block-device; return what it printed on standard output."""
     sys.argv = ["dib-block-device", *command.split(":", 1)]
     printed = io.StringIO()
@@ -38,7 +38,7 @@ def run(command):
     return printed.getvalue().rstrip("\n")
 
 
-def main():
+def main() -> None:
     """Run the commands; a failing one is named, with the last thing DIB said."""
     answers_path, *commands = sys.argv[1:]
     answers = {}
@@ -48,7 +48,7 @@ def main():
                 check()
             else:
                 answers[command] = run(command)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever DIB raises, it is reported
             if isinstance(error, SystemExit) and not error.code:
                 continue
             sys.exit(f"dib-block-device {command}: {type(error).__name__}: {error}")

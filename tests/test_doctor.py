@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from virt_dib import boot, doctor, kvm, tools
+from virt_dib.doctor import Check, Host
+from virt_dib.errors import Problem
+
+DEBIAN = 'ID=debian\nVERSION="12 (bookworm)"\n'
+UBUNTU = "ID=ubuntu\nID_LIKE=debian\n"
+FEDORA = "ID=fedora\n"
+ROCKY = 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'
+OTHER = "ID=arch\n"
+PROGRAMS = ("supermin", "qemu-img", "mke2fs", "python3", f"qemu-system-{platform.machine()}")
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    return FakeHost(tmp_path, monkeypatch)
+
+
+class FakeHost:
+    """A complete host in a directory: programs, a kernel, libguestfs's files. Tests take pieces away."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = directory / "root"
+        self.cache = directory / "cache"
+        self.environ = {"VIRT_DIB_KVM": "off"}
+        self.bin_dir = self.root / "usr/bin"
+        self.kernel = self.root / "boot/vmlinuz-6.1.0-amd64"
+        for path in ("usr/bin", "boot", "etc", "var/tmp", "lib/modules/6.1.0-amd64"):
+            (self.root / path).mkdir(parents=True)
+        (self.root / "usr/lib/x/guestfs/supermin.d").mkdir(parents=True)
+        (self.root / "lib/modules/6.1.0-amd64/modules.dep").touch()
+        self.kernel.touch()
+        for name in PROGRAMS:
+            (self.bin_dir / name).write_text("#!/bin/sh\n")
+            (self.bin_dir / name).chmod(0o755)
+        self.name("debian")
+        monkeypatch.setenv("PATH", str(self.bin_dir))
+        monkeypatch.setattr(tools, "_SYSTEM_DIRS", ())
+        monkeypatch.setitem(sys.modules, "guestfs", type(sys)("guestfs"))
+
+    def name(self, text: str) -> None:
+        (self.root / "etc/os-release").write_text(text if "=" in text else f"ID={text}\n")
+
+    def required(self) -> list[Problem]:
+        return doctor.require_prerequisites(Host(root=self.root, environ=self.environ))
+
+    def checks(self) -> Mapping[str, Check]:
+        results = doctor.checks(Host(root=self.root, environ=self.environ), cache=self.cache)
+        return {check.name: check for check in results}
+
+
+def test_a_complete_host_lacks_nothing(host: FakeHost) -> None:
+    assert host.required() == []
+    checks = host.checks()
+    assert [check.name for check in checks.values() if check.required and not check.ok] == []
+    assert checks["qemu-img"].detail == str(host.bin_dir / "qemu-img")
+    assert checks["kernel"].detail == str(host.kernel)
+
+
+def test_the_doctor_and_the_build_say_the_same(host: FakeHost) -> None:
+    for name in PROGRAMS:
+        (host.bin_dir / name).unlink()
+    host.kernel.unlink()
+    told = host.required()
+    failing = [check for check in host.checks().values() if check.required and not check.ok]
+    assert [Problem(check.detail, check.hint) for check in failing] == told
+    assert len(told) == len(PROGRAMS) + 1
+
+
+def test_a_missing_program_in_the_words_of_tools(host: FakeHost) -> None:
+    (host.bin_dir / "qemu-img").unlink()
+    assert host.required() == [
+        Problem("'qemu-img' not found, needed to write the image", "install it: apt-get install qemu-utils")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("os_release", "hint"),
+    [
+        pytest.param(DEBIAN, "install it: apt-get install qemu-utils", id="debian"),
+        pytest.param(UBUNTU, "install it: apt-get install qemu-utils", id="ubuntu"),
+        pytest.param(FEDORA, "install it: dnf install qemu-img", id="fedora"),
+        pytest.param(ROCKY, "install it: dnf install qemu-img", id="like fedora"),
+        pytest.param(OTHER, "install the package with it (qemu-utils on Debian, qemu-img on Fedora)", id="other"),
+        pytest.param("ID='odd\n", "install the package with it (qemu-utils on Debian, qemu-img on Fedora)", id="bad"),
+    ],
+)
+def test_packages_have_the_names_of_the_distribution(host: FakeHost, os_release: str, hint: str) -> None:
+    host.name(os_release)
+    (host.bin_dir / "qemu-img").unlink()
+    assert [problem.hint for problem in host.required()] == [hint]
+
+
+def test_a_program_only_some_elements_use_is_no_obstacle(host: FakeHost) -> None:
+    checks = host.checks()
+    assert not checks["debootstrap"].ok
+    assert not checks["debootstrap"].required
+    assert checks["debootstrap"].hint == "install it: apt-get install debootstrap"
+    assert host.required() == []
+
+
+# ---- the binding ----
+
+
+def test_without_the_binding(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "guestfs", None)
+    monkeypatch.setattr(doctor, "_SYSTEM_PYTHON", host.root / "no/python3")
+    (problem,) = host.required()
+    assert problem.message.startswith("this Python cannot import the libguestfs binding: ")
+    assert problem.hint is not None
+    assert problem.hint.startswith("install it: apt-get install python3-guestfs; install virt-dib for that Python: ")
+
+
+def test_the_systems_python_has_the_binding(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A program in its place that succeeds as that Python does when it can import guestfs.
+    python = host.bin_dir / "python3"
+    python.write_text('#!/bin/sh\ntest "$*" = "-I -c import guestfs"\n')
+    monkeypatch.setitem(sys.modules, "guestfs", None)
+    monkeypatch.setattr(doctor, "_SYSTEM_PYTHON", python)
+    (problem,) = host.required()
+    assert problem.hint == (
+        f"'{python}' has it; install virt-dib for that Python: {python} -m venv --system-site-packages DIR, "
+        "then DIR/bin/pip install virt-dib"
+    )
+
+
+# ---- what the appliance is made of ----
+
+
+def test_no_kernel(host: FakeHost) -> None:
+    host.kernel.unlink()
+    (problem,) = host.required()
+    assert problem.message.startswith("no kernel with its modules in /boot and /lib/modules, ")
+    assert problem.hint is not None
+    assert problem.hint.startswith("install it: apt-get install linux-image-cloud-")
+    host.name("ubuntu")
+    assert host.required()[0].hint == "install it: apt-get install linux-image-virtual"
+
+
+def test_a_kernel_without_modules(host: FakeHost) -> None:
+    (host.root / "lib/modules/6.1.0-amd64/modules.dep").unlink()
+    (problem,) = host.required()
+    assert f"only {host.kernel} without modules" in problem.message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_kernel_that_cannot_be_read(host: FakeHost) -> None:
+    host.name("ubuntu")
+    host.kernel.chmod(0)
+    (problem,) = host.required()
+    assert problem.message.startswith(f"the kernel '{host.kernel}' cannot be read by this user")
+    assert problem.hint == (
+        f"make it readable, as root: dpkg-statoverride --update --add root root 0644 {host.kernel} (or chmod 0644)"
+    )
+
+
+def test_a_kernel_that_cannot_be_read_beside_one_that_can() -> None:
+    # Root may read everything, so the files are told of and not made.
+    newest = kvm.Kernel(path=Path("/no such/vmlinuz-2"), release="2", has_modules=True)
+    older = kvm.Kernel(path=Path("/etc/os-release"), release="1", has_modules=True)
+    hint = doctor.hint_to_read(newest, [newest, older], doctor.Distribution(frozenset({"fedora"})))
+    assert hint == (
+        "make it readable, as root: chmod 0644 '/no such/vmlinuz-2'; "
+        "or use another one: export SUPERMIN_KERNEL=/etc/os-release"
+    )
+
+
+def test_a_kernel_chosen_by_the_user(host: FakeHost, tmp_path: Path) -> None:
+    host.kernel.unlink()
+    (tmp_path / "vmlinuz-mine").touch()
+    host.environ["SUPERMIN_KERNEL"] = str(tmp_path / "vmlinuz-mine")
+    assert host.checks()["kernel"].detail == str(tmp_path / "vmlinuz-mine")
+
+
+def test_no_appliance_of_libguestfs(host: FakeHost) -> None:
+    (host.root / "usr/lib/x/guestfs/supermin.d").rmdir()
+    (problem,) = host.required()
+    assert problem.hint == "install it: apt-get install libguestfs0"
+    host.environ["LIBGUESTFS_PATH"] = str(host.cache)
+    (problem,) = host.required()
+    assert problem == Problem("no supermin.d in LIBGUESTFS_PATH, needed to make the appliance", "unset LIBGUESTFS_PATH")
+
+
+# ---- the rest ----
+
+
+def test_too_little_space(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "BUILD_SPACE_BYTES", 1 << 50)
+    check = host.checks()["temporary space"]
+    assert (check.ok, check.required, check.word) == (False, True, "low")
+    place = re.escape(str(host.root / "var/tmp"))
+    assert re.fullmatch(rf"only [0-9.]+ [KMGT]iB free in '{place}', 1\.0 PiB are needed", check.detail)
+
+
+def test_a_temporary_directory_that_is_none(host: FakeHost, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    host.environ["TMPDIR"] = str(tmp_path / "file")
+    check = host.checks()["temporary space"]
+    assert (check.ok, check.required) == (False, True)
+    assert check.detail == f"cannot write in '{tmp_path / 'file'}': not a directory"
+
+
+def test_a_cache_that_is_not_there_yet_is_measured_where_it_will_be(host: FakeHost) -> None:
+    assert host.checks()["cache space"].ok
+    assert not host.cache.exists()
+
+
+def test_emulation_is_slow_but_no_obstacle(host: FakeHost) -> None:
+    check = host.checks()["KVM"]
+    assert (check.ok, check.required, check.word) == (False, False, "slow")
+    assert check.detail.endswith("; builds work, but about 15 times slower")
+
+
+# ---- the table and the command ----
+
+
+def test_the_table_is_aligned_and_says_what_to_run() -> None:
+    results = [
+        Check(name="one", ok=True, detail="/usr/bin/one"),
+        Check(name="another", ok=False, detail="'another' not found", hint="install it"),
+        Check(name="KVM", ok=False, detail="\x1b[31mno", hint="wait", required=False, failing="slow"),
+    ]
+    assert doctor.table(results, colour=False) == (
+        "ok       one      /usr/bin/one\n"
+        "missing  another  'another' not found\n"
+        "                  install it\n"
+        "slow     KVM      no\n"
+        "                  wait\n"
+        "\n"
+        "a build cannot work here yet, for want of: another\n"
+    )
+
+
+def test_colours_mark_the_words_only() -> None:
+    plain = doctor.table([Check(name="one", ok=True, detail="here")], colour=False)
+    coloured = doctor.table([Check(name="one", ok=True, detail="here")], colour=True)
+    assert coloured.startswith("\x1b[")
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+
+
+def test_the_conclusion_of_a_host_that_is_only_slow() -> None:
+    results = [Check(name="KVM", ok=False, detail="no", required=False, failing="slow")]
+    assert doctor.table(results, colour=False).endswith("\na build can work here; worth a look: KVM\n")
+
+
+def run_doctor(environment: Mapping[str, str], *arguments: str) -> tools.Result:
+    program = "import sys; from virt_dib.doctor import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments]
+    return tools.run(command, doing="running the doctor", environment={**os.environ, **environment}, check=False)
+
+
+def test_the_command_on_this_host(tmp_path: Path) -> None:
+    result = run_doctor({"VIRT_DIB_KVM": "off", "XDG_CACHE_HOME": str(tmp_path)})
+    lacking = [problem.message for problem in doctor.require_prerequisites()]
+    words = [line.split()[0] for line in result.stdout.splitlines() if line[:1].strip() and not line.startswith("a ")]
+    assert set(words) <= {"ok", "missing", "slow", "low"}
+    assert "\x1b" not in result.stdout
+    assert all(message in result.stdout for message in lacking)
+    assert ("a build can work here" in result.stdout) is (result.exit_status == 0)
+    if lacking:
+        assert result.exit_status == 1
+
+
+def test_the_command_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_doctor({"VIRT_DIB_KVM": "off", "TMPDIR": str(tmp_path / "file")})
+    assert result.exit_status == 1
+    assert f"cannot write in '{tmp_path / 'file'}'" in result.stdout
+    assert "set TMPDIR to a directory that you can write" in result.stdout
+    assert result.stderr == ""
+
+
+def test_the_command_with_a_bad_setting() -> None:
+    result = run_doctor({"VIRT_DIB_KVM": "maybe"})
+    assert result.exit_status == 2
+    assert "virt-dib-doctor: error: cannot use 'maybe' as the value of VIRT_DIB_KVM\n" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_command_with_arguments_it_does_not_know() -> None:
+    assert run_doctor({}, "--frob").exit_status == 2
+
+
+@pytest.mark.appliance
+def test_the_doctor_makes_a_new_trial(tmp_path: Path) -> None:
+    result = run_doctor({"XDG_CACHE_HOME": str(tmp_path), "VIRT_DIB_KVM": "", "LIBGUESTFS_BACKEND_SETTINGS": ""})
+    verdict = kvm.choose(kernel=None, cache_dir=tmp_path / "virt-dib")
+    assert verdict.reason in result.stdout
+
+
+def test_the_firmware_is_the_one_the_boot_test_uses() -> None:
+    code, store = boot.find_uefi()
+    assert code.stat().st_size > store.stat().st_size > 0

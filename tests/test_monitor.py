@@ -1,0 +1,630 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import fcntl
+import io
+import itertools
+import os
+import pty
+import re
+import select
+import struct
+import sys
+import termios
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virt_dib import tools
+from virt_dib.errors import Interrupted, Problem, ScriptError, ToolError, VirtDibError
+from virt_dib.monitor import BuildMonitor, Sanitiser, printable, size_text, summary, write_out
+from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
+from virt_dib.spec import Phase
+
+MIB = 1 << 20
+COLUMNS = 60
+OWN_LINE = re.compile(r"\[ *[0-9]+\.[0-9]\] (.*)")
+
+
+def monitor(log_path: Path, stream: TextIO, *, quiet: bool = False, verbose: bool = False) -> BuildMonitor:
+    return BuildMonitor(log_path=log_path, stream=stream, quiet=quiet, verbose=verbose, total_phases=4)
+
+
+def script_result(name: str, exit_status: int = 0) -> ScriptResult:
+    return ScriptResult(phase=Phase.INSTALL, name=name, element="foo", exit_status=exit_status, seconds=1.25)
+
+
+def without_times(text: str) -> str:
+    return re.sub(r"^\[ *[0-9.]+\]", "[T]", text, flags=re.MULTILINE)
+
+
+# ---- the sanitiser ----
+
+
+def sanitised(*pieces: bytes) -> str:
+    sanitiser = Sanitiser()
+    return "".join([*map(sanitiser.feed, pieces), sanitiser.finish()])
+
+
+PIECES = st.sampled_from(
+    [
+        b"\x1b",
+        b"[",
+        b"]",
+        b"P",
+        b"\\",
+        b"\x07",
+        b"\r",
+        b"\n",
+        b"\t",
+        b"0;31",
+        b"m",
+        b"(",
+        b"B",
+        b" ",
+        b"a",
+        b"\x00",
+    ]
+    + [c.encode() for c in "\x9b\x9d\x9c\x85\u202e\u2066é€😀"]
+    + [b"\xe2\x82", b"\xff", b"\xc2", b"x" * 1020, b"\x1b]" + b"y" * 1025]
+)
+STREAMS = st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=40).map(b"".join))
+
+
+@given(STREAMS)
+def test_no_control_character_but_newline_and_tab_comes_through(data: bytes) -> None:
+    bad = [c for c in sanitised(data) if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
+    assert bad == []
+
+
+@given(STREAMS, st.lists(st.integers(min_value=0, max_value=2200), max_size=12))
+def test_text_does_not_depend_on_how_the_bytes_were_cut(data: bytes, cuts: list[int]) -> None:
+    edges = [0, *sorted(cut for cut in cuts if cut <= len(data)), len(data)]
+    pieces = [data[a:b] for a, b in itertools.pairwise(edges)]
+    assert sanitised(*pieces) == sanitised(data)
+    assert sanitised(*(data[i : i + 1] for i in range(len(data)))) == sanitised(data)
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Cf"])))
+def test_harmless_text_comes_through_as_it_is(text: str) -> None:
+    assert sanitised(text.encode()) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        pytest.param(b"\x1b[1;31mred\x1b[0m\n", "red\n", id="colour"),
+        pytest.param(b"\x1b]0;title\x07text", "text", id="title"),
+        pytest.param(b"\x1b]8;;http://a\x1b\\link\x1b]8;;\x1b\\", "link", id="hyperlink"),
+        pytest.param(b"\x1bP+q544e\x1b\\x", "x", id="device control string"),
+        pytest.param(b"\x1bcgone\x1b(Bplain\x1b7", "goneplain", id="reset and character set"),
+        pytest.param("\x9b2Jclear\x9d0;t\x9cx".encode(), "clearx", id="8-bit controls"),
+        pytest.param(b"a\x08b\x00c\x7fd\x0ce", "abcde", id="other controls"),
+        pytest.param(b"\r 1%\r 2%\r100%\r\ndone\r\n", " 1%\n 2%\n100%\ndone\n", id="progress bar"),
+        pytest.param(b"one\r\r\n\r\ntwo", "one\n\ntwo", id="line ends"),
+        pytest.param("a\u202eb".encode(), "ab", id="right-to-left override"),
+        pytest.param(b"\xff\xfe caf\xc3\xa9", "\ufffd\ufffd café", id="not UTF-8"),
+        pytest.param(b"\x1b[12", "12", id="sequence that never ends"),
+        pytest.param(b"end\x1b", "end", id="escape at the end"),
+        pytest.param(b"\x1b]" + b"y" * 1024 + b"\x07z", "z", id="longest string sequence"),
+        pytest.param(b"\x1b]" + b"y" * 1025 + b"\x07z", "y" * 1025 + "z", id="too long for a string sequence"),
+    ],
+)
+def test_what_becomes_of(data: bytes, text: str) -> None:
+    assert sanitised(data) == text
+    assert sanitised(*(data[i : i + 1] for i in range(len(data)))) == text
+
+
+def test_a_string_sequence_without_end_does_not_hide_what_follows() -> None:
+    sanitiser = Sanitiser()
+    assert sanitiser.feed(b"\x1b]" + b"x" * 2000) == "x" * 2000
+    assert sanitiser.feed(b"\nseen\n") == "\nseen\n"
+
+
+def test_text_is_given_on_at_once_not_at_the_end_of_the_line() -> None:
+    sanitiser = Sanitiser()
+    assert sanitiser.feed(b"Password: ") == "Password: "
+
+
+def test_printable_also_takes_file_names_that_are_not_utf_8() -> None:
+    assert printable(os.fsdecode(b"a\xffb\x1b[1m")) == "a?b"
+
+
+# ---- the log ----
+
+
+def test_log_has_the_bytes_as_they_came_between_our_lines(tmp_path: Path) -> None:
+    junk = bytes(range(256)) + b"\x1b[31m\r50%\r100%"
+    log = tmp_path / "d.log"
+    with monitor(log, io.StringIO()) as shown:
+        shown.message("starting the appliance (emulated)")
+        shown.phase_started("install.d", ["50-foo"])
+        shown.script_started("50-foo")
+        shown.output(junk[:100])
+        shown.output(junk[100:])
+        shown.script_finished(script_result("50-foo"))
+        shown.phase_finished(PhaseResult(title="install.d", seconds=2.0))
+    data = re.sub(rb"(?m)^\[ *[0-9.]+\] ", b"[T] ", log.read_bytes())
+    assert data == (
+        b"[T] starting the appliance (emulated)\n[T] install.d/50-foo\n"
+        + junk
+        + b"\n[T] install.d/50-foo done after 1.2 s\n[T] install.d done after 2.0 s\n"
+    )
+
+
+def test_each_piece_of_output_is_in_the_file_at_once(tmp_path: Path) -> None:
+    log = tmp_path / "d.log"
+    with monitor(log, io.StringIO()) as shown:
+        shown.phase_started("install.d", ["50-foo"])
+        shown.script_started("50-foo")
+        assert log.read_text().endswith("] install.d/50-foo\n")
+        shown.output(b"half a li")
+        assert log.read_text().endswith("half a li")
+
+
+def test_line_number_is_where_the_output_of_the_script_starts(tmp_path: Path) -> None:
+    log = tmp_path / "d.log"
+    with monitor(log, io.StringIO()) as shown:
+        shown.message("two\nlines")
+        shown.phase_started("install.d", ["10-a", "20-b"])
+        shown.script_started("10-a")
+        shown.output(b"first a\nsecond a, no newline")
+        shown.script_finished(script_result("10-a"))
+        shown.script_started("20-b")
+        shown.output(b"first b\n")
+        lines = log.read_bytes().split(b"\n")
+        assert lines[shown.line_number - 1] == b"first b"
+        shown.phase_started("copying the tree", [])
+        shown.output(b"copied\n")
+        assert log.read_bytes().split(b"\n")[shown.line_number - 1] == b"copied"
+
+
+def test_log_replaces_the_earlier_one(tmp_path: Path) -> None:
+    log = tmp_path / "d.log"
+    log.write_text("of the earlier build\n" * 100)
+    with monitor(log, io.StringIO()) as shown:
+        shown.message("new")
+    assert without_times(log.read_text()) == "[T] new\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["d.log"]
+
+
+def test_log_never_writes_through_a_link(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("precious")
+    log = tmp_path / "d.log"
+    log.symlink_to(target)
+    with monitor(log, io.StringIO()) as shown:
+        shown.message("new")
+    assert target.read_text() == "precious"
+    assert not log.is_symlink()
+
+
+def test_log_that_cannot_be_created_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "d.log").mkdir()
+    with pytest.raises(ToolError, match=r"creating the log '.*d\.log': Is a directory") as caught:
+        monitor(tmp_path / "d.log", io.StringIO()).__enter__()
+    assert caught.value.problems[0].hint
+    assert [path.name for path in tmp_path.iterdir()] == ["d.log"]
+    with pytest.raises(ToolError, match="No such file or directory"):
+        monitor(tmp_path / "missing" / "d.log", io.StringIO()).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ScriptError("install.d/50-foo failed with exit status 3"),
+            "error: install.d/50-foo failed with exit status 3",
+        ),
+        (VirtDibError.of([Problem("one"), Problem("two")]), "error: one\n[T] error: two"),
+        (Interrupted(), "interrupted"),
+        (ValueError("a bug"), "stopped by ValueError: a bug"),
+    ],
+    ids=["script", "two problems", "interrupted", "bug"],
+)
+def test_log_is_kept_on_failure_and_ends_with_the_error(tmp_path: Path, error: BaseException, words: str) -> None:
+    stream = io.StringIO()
+
+    def build() -> None:
+        with monitor(tmp_path / "d.log", stream) as shown:
+            shown.phase_started("install.d", ["50-foo"])
+            shown.script_started("50-foo")
+            shown.output(b"oops")
+            raise error
+
+    with pytest.raises(type(error)):
+        build()
+    assert without_times((tmp_path / "d.log").read_text()) == f"[T] install.d/50-foo\noops\n[T] {words}\n"
+    assert "error" not in stream.getvalue()
+
+
+def test_full_disk_under_the_log_is_one_error(tmp_path: Path) -> None:
+    program = f"""
+import io, resource
+from pathlib import Path
+from virt_dib.errors import ToolError
+from virt_dib.monitor import BuildMonitor
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with BuildMonitor(log_path=Path({str(tmp_path / "d.log")!r}), stream=io.StringIO(), quiet=False,
+                      verbose=False, total_phases=1) as monitor:
+        for _ in range(100):
+            monitor.output(b"x" * 99 + b"\\n")
+except ToolError as error:
+    print(error)
+"""
+    result = tools.run([sys.executable, "-c", program], doing="filling the log")
+    assert result.stdout.startswith("writing the log '")
+    assert result.stdout.endswith("': File too large\n")
+    assert (tmp_path / "d.log").stat().st_size == 1000
+
+
+def test_memory_does_not_grow_with_output(tmp_path: Path) -> None:
+    chunk = b"\x1b]" + b"x" * (MIB - 2)
+    with Path(os.devnull).open("w") as nowhere, monitor(tmp_path / "d.log", nowhere) as shown:
+        shown.phase_started("install.d", ["50-foo"])
+        shown.script_started("50-foo")
+        shown.output(chunk)
+        tracemalloc.start()
+        try:
+            for _ in range(99):
+                shown.output(chunk)
+            kept, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept < MIB
+        assert peak < 16 * MIB
+        assert len(shown.tail()) == 1
+        assert len(shown.tail()[0]) == 500
+    assert (tmp_path / "d.log").stat().st_size > 100 * MIB
+    (tmp_path / "d.log").unlink()
+
+
+# ---- the tail ----
+
+
+def test_tail_is_the_end_of_the_current_script_alone(tmp_path: Path) -> None:
+    with monitor(tmp_path / "d.log", io.StringIO()) as shown:
+        shown.phase_started("install.d", ["10-a", "20-b"])
+        shown.script_started("10-a")
+        shown.output(b"of a\n")
+        shown.script_finished(script_result("10-a"))
+        assert shown.tail() == ("of a",)
+        shown.script_started("20-b")
+        assert shown.tail() == ()
+        shown.output("".join(f"line {number}\n" for number in range(100)).encode() + b"\x1b[31mno newline")
+        shown.script_finished(script_result("20-b", 3))
+    assert shown.tail(3) == ("line 98", "line 99", "no newline")
+    assert len(shown.tail()) == 20
+    assert shown.tail(0) == ()
+
+
+def test_tail_cuts_long_lines(tmp_path: Path) -> None:
+    with monitor(tmp_path / "d.log", io.StringIO()) as shown:
+        shown.output(b"x" * 300_000 + b"\n" + b"y" * 500 + b"\n" + b"z" * 501)
+    lines = shown.tail()
+    assert lines[-2:] == ("y" * 500, "z" * 499 + "…")
+    assert all(len(line) <= 500 for line in lines)
+
+
+# ---- standard output that is no terminal ----
+
+
+def run_one_script(shown: BuildMonitor) -> None:
+    shown.message("starting the appliance (emulated)")
+    shown.phase_started("copying the tree", [])
+    shown.phase_started("install.d", ["50-\x1b[31mfoo\n"])
+    shown.script_started("50-\x1b[31mfoo\n")
+    shown.output(b"\x1b[1mhel")
+    shown.output(b"lo\x1b[0m\x07\nno newline")
+    shown.warning("look here")
+    shown.script_finished(script_result("50-foo", 137))
+    shown.phase_finished(PhaseResult(title="install.d", seconds=2.0))
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with monitor(tmp_path / "d.log", stream) as shown:
+        run_one_script(shown)
+    assert without_times(stream.getvalue()) == (
+        "[T] starting the appliance (emulated)\n"
+        "[T] copying the tree\n"
+        "[T] install.d/50-foo \n"
+        "hello\n"
+        "no newline\n"
+        "[T] warning: look here\n"
+    )
+
+
+def test_own_lines_begin_with_the_seconds_as_those_of_virt_tools_do(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with monitor(tmp_path / "d.log", stream) as shown:
+        shown.message("x")
+    assert re.fullmatch(r"\[ {3}\d\.\d\] x\n", stream.getvalue())
+
+
+def test_verbose_adds_how_scripts_and_phases_ended(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with monitor(tmp_path / "d.log", stream, verbose=True) as shown:
+        run_one_script(shown)
+    assert without_times(stream.getvalue()).endswith(
+        "[T] install.d/50-foo failed with exit status 137 (SIGKILL) after 1.2 s\n[T] install.d done after 2.0 s\n"
+    )
+
+
+def test_quiet_prints_warnings_alone_and_logs_everything(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with monitor(tmp_path / "loud.log", io.StringIO()) as shown:
+        run_one_script(shown)
+    with monitor(tmp_path / "quiet.log", stream, quiet=True, verbose=True) as shown:
+        run_one_script(shown)
+        assert shown.tail() == ("hello", "no newline")
+    assert without_times(stream.getvalue()) == "[T] warning: look here\n"
+    loud, quiet = ((tmp_path / f"{name}.log").read_text() for name in ("loud", "quiet"))
+    assert without_times(quiet) == without_times(loud)
+
+
+def test_an_unfinished_sequence_of_one_script_does_not_eat_the_next_ones_output(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with monitor(tmp_path / "d.log", stream) as shown:
+        shown.phase_started("install.d", ["10-a", "20-b"])
+        shown.script_started("10-a")
+        shown.output(b"a\x1b]0;")
+        shown.script_finished(script_result("10-a"))
+        shown.script_started("20-b")
+        shown.output(b"b\n")
+    assert without_times(stream.getvalue()) == "[T] install.d/10-a\na0;\n[T] install.d/20-b\nb\n"
+
+
+def test_characters_the_stream_cannot_encode_become_question_marks(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    with monitor(tmp_path / "d.log", stream) as shown:
+        shown.output("café\n".encode())
+    assert raw.getvalue() == b"caf?\n"
+
+
+def test_lines_from_two_threads_stay_whole(tmp_path: Path) -> None:
+    stream = io.StringIO()
+
+    def talk(word: str) -> None:
+        for _ in range(300):
+            shown.message(word * 50)
+
+    with monitor(tmp_path / "d.log", stream) as shown:
+        threads = [threading.Thread(target=talk, args=[word]) for word in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    expected = {"[T] " + "a" * 50: 300, "[T] " + "b" * 50: 300}
+    for text in (stream.getvalue(), (tmp_path / "d.log").read_text()):
+        lines = without_times(text).splitlines()
+        assert {line: lines.count(line) for line in lines} == expected
+
+
+def test_nobody_reading_does_not_end_the_build(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from virt_dib.monitor import BuildMonitor, write_out
+with BuildMonitor(log_path=Path({str(tmp_path / "d.log")!r}), stream=sys.stdout, quiet=False,
+                  verbose=False, total_phases=1) as monitor:
+    monitor.message("first")
+    sys.stdin.readline()
+    for number in range(1000):
+        monitor.output(b"%d\\n" % number)
+    monitor.message("last")
+write_out(sys.stdout, "summary")
+"""
+    with tools.started([sys.executable, "-c", program], stdin=-1) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline().endswith(b"first\n")
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+    assert (tmp_path / "d.log").read_text().splitlines()[-2] == "999"
+
+
+def test_write_out_tells_that_nobody_reads() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        assert not write_out(stream, "x")
+        assert write_out(stream, "into nowhere now")
+
+
+# ---- a terminal ----
+
+
+class Screen:
+    """The other end of a pseudo-terminal: enough of a terminal to tell what stands on it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.seen = ""
+
+    def read_until(self, pattern: str, timeout_s: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not re.search(pattern, self.seen):
+            assert time.monotonic() < deadline, f"{pattern!r} not on the terminal: {self.seen!r}"
+            self._read(0.1)
+
+    def read_all(self) -> None:
+        while self._read(0.0):
+            pass
+
+    def _read(self, timeout_s: float) -> bool:
+        if not select.select([self._descriptor], [], [], timeout_s)[0]:
+            return False
+        self.seen += os.read(self._descriptor, 65536).decode()
+        return True
+
+    def lines(self) -> list[str]:
+        """What stands on the terminal; fails on any control it does not know and on a status line too long."""
+        lines, column = [""], 0
+        for part in re.findall(r"\x1b\[[0-9;]*m|\x1b\[K|[\r\n]|[^\r\n\x1b]+|.", self.seen, re.DOTALL):
+            if part == "\r":
+                column = 0
+            elif part == "\n":
+                lines.append("")
+                column = 0
+            elif part == "\x1b[K":
+                lines[-1] = lines[-1][:column]
+            elif not part.startswith("\x1b["):
+                assert part.isprintable(), repr(part)
+                lines[-1] = lines[-1][:column] + part + lines[-1][column + len(part) :]
+                column += len(part)
+                assert column < COLUMNS or "/4]" not in part
+        return lines
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[TextIO, Screen]]:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    try:
+        with os.fdopen(follower, "w") as stream:
+            yield stream, Screen(leader)
+    finally:
+        os.close(leader)
+
+
+@pytest.fixture(autouse=True)
+def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def test_status_line_shows_the_position_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with terminal() as (stream, screen):
+        with monitor(tmp_path / "d.log", stream) as shown:
+            shown.phase_started("root.d", ["10-a"])
+            shown.phase_started("install.d", ["50-foo", "60-bar"])
+            shown.script_started("50-foo")
+            screen.read_until(r"\[2/4\] install\.d  1/2 50-foo  0:\d\d")
+            for number in range(200):
+                shown.output(f"line {number}\n".encode())
+            shown.script_finished(script_result("50-foo"))
+            shown.script_started("60-" + "long" * 40)
+            screen.read_until(r"2/2 60-long\w*\.\.\.  0:\d\d")
+            shown.output(b"half")
+            shown.output(b" a line")
+            shown.message("a message")
+            screen.read_until("a message")
+        screen.read_all()
+    name = "long" * 40
+    shown_lines = [OWN_LINE.sub(r"[T] \1", line) for line in screen.lines() if name not in line]
+    assert shown_lines == [
+        "[T] install.d/50-foo",
+        *(f"line {number}" for number in range(200)),
+        "half a line",
+        "[T] a message",
+        "",
+    ]
+
+
+def test_no_status_line_breaks_into_an_unfinished_line(tmp_path: Path) -> None:
+    with terminal() as (stream, screen):
+        with monitor(tmp_path / "d.log", stream) as shown:
+            shown.phase_started("install.d", ["50-foo"])
+            shown.script_started("50-foo")
+            screen.read_until(r"\[1/4\]")
+            shown.output(b"working...")
+            # Long enough for the status line to be drawn, were it going to be.
+            time.sleep(0.5)
+            shown.output(b" done\n")
+        screen.read_all()
+    assert screen.lines()[-2:] == ["working... done", ""]
+    assert "working... done" in screen.seen
+
+
+def test_colours_only_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def colours_of(stream: TextIO, screen: Screen) -> list[str]:
+        with monitor(tmp_path / "d.log", stream) as shown:
+            shown.message("x")
+            shown.warning("y")
+        screen.read_all()
+        return re.findall(r"\x1b\[[0-9;]*m", screen.seen)
+
+    with terminal() as (stream, screen):
+        assert len(colours_of(stream, screen)) == 4
+    monkeypatch.setenv("NO_COLOR", "1")
+    with terminal() as (stream, screen):
+        assert colours_of(stream, screen) == []
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    with terminal() as (stream, screen):
+        assert colours_of(stream, screen) == []
+
+
+def test_quiet_draws_no_status_line(tmp_path: Path) -> None:
+    with terminal() as (stream, screen):
+        with monitor(tmp_path / "d.log", stream, quiet=True) as shown:
+            run_one_script(shown)
+            time.sleep(0.5)
+        screen.read_all()
+    assert [OWN_LINE.sub(r"[T] \1", line) for line in screen.lines()] == ["[T] warning: look here", ""]
+
+
+# ---- the summary ----
+
+
+def test_summary_is_a_table_and_a_line_for_each_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = BuildReport(
+        name="d",
+        phases=(
+            PhaseResult(title="starting the appliance", seconds=9.04),
+            PhaseResult(
+                title="install.d",
+                seconds=1234.5,
+                scripts=(script_result("01-a"), script_result("50-long-name\x1b[31m-of-a-script")),
+            ),
+        ),
+        artifacts=(
+            Artifact(path=tmp_path / "d.qcow2", format="qcow2", allocated_bytes=412 * MIB, virtual_bytes=5 << 30),
+            Artifact(path=Path("/srv/d.raw"), format="raw", allocated_bytes=1200 * MIB, virtual_bytes=5 << 30),
+            Artifact(path=Path("d.d"), format="directory", allocated_bytes=700),
+        ),
+        seconds=1250.0,
+    )
+    assert summary(report) == (
+        "phase and script            seconds\n"
+        "starting the appliance          9.0\n"
+        "install.d                    1234.5\n"
+        "  01-a                          1.2\n"
+        "  50-long-name-of-a-script      1.2\n"
+        "total                        1250.0\n"
+        "\n"
+        "d.qcow2     412 MiB  (virtual size 5.0 GiB)\n"
+        "/srv/d.raw  1.2 GiB  (virtual size 5.0 GiB)\n"
+        "d.d/        700 B\n"
+    )
+
+
+def test_summary_of_a_build_without_phases_or_artifacts() -> None:
+    assert (
+        summary(BuildReport(name="d", phases=(), artifacts=(), seconds=0.0)).splitlines()[-2]
+        == "total                 0.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0 B"), (9, "9 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB"), (412 * MIB, "412 MiB")],
+)
+def test_size_text(size_bytes: int, text: str) -> None:
+    assert size_text(size_bytes) == text
