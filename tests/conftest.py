@@ -13,7 +13,7 @@ import pytest
 from helpers import Run, make_probe, make_tiny_os, virt_dib
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
-from virt_dib.builder import cache_dir
+from virt_dib.supermin import cache_dir
 
 
 @pytest.hookimpl(hookwrapper=True)

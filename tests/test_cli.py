@@ -257,7 +257,7 @@ def test_bad_value_leaves_the_default_so_that_the_rest_can_be_checked() -> None:
 
 
 def test_bad_variable_for_kvm_is_a_problem_that_names_it() -> None:
-    assert problems_of(environment={"VIRT_DIB_KVM": "yes"}) == ["unknown value of the variable VIRT_DIB_KVM 'yes'"]
+    assert problems_of(environment={"VIRT_DIB_KVM": "yes"}) == ["cannot use 'yes' as the value of VIRT_DIB_KVM"]
 
 
 @pytest.mark.parametrize(

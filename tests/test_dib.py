@@ -89,7 +89,9 @@ def test_a_checkout_has_no_version(installation: DibInstallation, tmp_path: Path
         assert package in guest_modules(found)
 
 
-@pytest.mark.parametrize("present", [[], ["die"], ["die", "../elements/"], ["../elements/", "../block_device/"]])
+@pytest.mark.parametrize(
+    "present", [[], ["die"], ["die", "../elements/"], ["die", "../block_device/"], ["../elements/", "../block_device/"]]
+)
 def test_a_library_that_is_none(present: list[str], tmp_path: Path) -> None:
     library = tmp_path / "package" / "lib"
     library.mkdir(parents=True)

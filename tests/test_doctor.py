@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from virt_dib import boot, doctor, kvm, tools
-from virt_dib.doctor import Check, Host
+from virt_dib import boot, doctor, kvm, prerequisites, tools
 from virt_dib.errors import Problem
+from virt_dib.prerequisites import Check, Host
 
 DEBIAN = 'ID=debian\nVERSION="12 (bookworm)"\n'
 UBUNTU = "ID=ubuntu\nID_LIKE=debian\n"
@@ -53,10 +53,10 @@ class FakeHost:
         (self.root / "etc/os-release").write_text(text if "=" in text else f"ID={text}\n")
 
     def required(self) -> list[Problem]:
-        return doctor.require_prerequisites(Host(root=self.root, environ=self.environ))
+        return prerequisites.require_prerequisites(Host(root=self.root, environ=self.environ))
 
     def checks(self) -> Mapping[str, Check]:
-        results = doctor.checks(Host(root=self.root, environ=self.environ), cache=self.cache)
+        results = prerequisites.checks(Host(root=self.root, environ=self.environ), cache=self.cache)
         return {check.name: check for check in results}
 
 
@@ -115,7 +115,7 @@ def test_a_program_only_some_elements_use_is_no_obstacle(host: FakeHost) -> None
 
 def test_without_the_binding(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "guestfs", None)
-    monkeypatch.setattr(doctor, "_SYSTEM_PYTHON", host.root / "no/python3")
+    monkeypatch.setattr(prerequisites, "_SYSTEM_PYTHON", host.root / "no/python3")
     (problem,) = host.required()
     assert problem.message.startswith("this Python cannot import the libguestfs binding: ")
     assert problem.hint is not None
@@ -127,7 +127,7 @@ def test_the_systems_python_has_the_binding(host: FakeHost, monkeypatch: pytest.
     python = host.bin_dir / "python3"
     python.write_text('#!/bin/sh\ntest "$*" = "-I -c import guestfs"\n')
     monkeypatch.setitem(sys.modules, "guestfs", None)
-    monkeypatch.setattr(doctor, "_SYSTEM_PYTHON", python)
+    monkeypatch.setattr(prerequisites, "_SYSTEM_PYTHON", python)
     (problem,) = host.required()
     assert problem.hint == (
         f"'{python}' has it; install virt-dib for that Python: {python} -m venv --system-site-packages DIR, "
@@ -169,7 +169,7 @@ def test_a_kernel_that_cannot_be_read_beside_one_that_can() -> None:
     # Root may read everything, so the files are told of and not made.
     newest = kvm.Kernel(path=Path("/no such/vmlinuz-2"), release="2", has_modules=True)
     older = kvm.Kernel(path=Path("/etc/os-release"), release="1", has_modules=True)
-    hint = doctor.hint_to_read(newest, [newest, older], doctor.Distribution(frozenset({"fedora"})))
+    hint = prerequisites.hint_to_read(newest, [newest, older], prerequisites.Distribution(frozenset({"fedora"})))
     assert hint == (
         "make it readable, as root: chmod 0644 '/no such/vmlinuz-2'; "
         "or use another one: export SUPERMIN_KERNEL=/etc/os-release"
@@ -196,7 +196,7 @@ def test_no_appliance_of_libguestfs(host: FakeHost) -> None:
 
 
 def test_too_little_space(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "BUILD_SPACE_BYTES", 1 << 50)
+    monkeypatch.setattr(prerequisites, "BUILD_SPACE_BYTES", 1 << 50)
     check = host.checks()["temporary space"]
     assert (check.ok, check.required, check.word) == (False, True, "low")
     place = re.escape(str(host.root / "var/tmp"))
@@ -262,7 +262,7 @@ def run_doctor(environment: Mapping[str, str], *arguments: str) -> tools.Result:
 
 def test_the_command_on_this_host(tmp_path: Path) -> None:
     result = run_doctor({"VIRT_DIB_KVM": "off", "XDG_CACHE_HOME": str(tmp_path)})
-    lacking = [problem.message for problem in doctor.require_prerequisites()]
+    lacking = [problem.message for problem in prerequisites.require_prerequisites()]
     words = [line.split()[0] for line in result.stdout.splitlines() if line[:1].strip() and not line.startswith("a ")]
     assert set(words) <= {"ok", "missing", "slow", "low"}
     assert "\x1b" not in result.stdout

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.appliance
 NOT_COMPARED = {
     "DIB_ARGS": "the options have other names",
     "DIB_ENV": "shows the above",
+    "TMP_DIR": "given to DIB only",
     "PROBE_VALUE": "given to virt-dib only",
     "LC_CTYPE": "set by the Python that starts DIB",
     "PS4": "DIB's own is lost on the way to bash in one case and not in the other",

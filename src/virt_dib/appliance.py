@@ -393,8 +393,10 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     handle.set_pgroup(True)
     if "LIBGUESTFS_BACKEND" not in os.environ:
         handle.set_backend("direct")
-    if "LIBGUESTFS_BACKEND_SETTINGS" not in os.environ and not settings.accelerate:
-        handle.set_backend_settings(["force_tcg"])
+    if not settings.accelerate:
+        # Settings of the user's stay; one that forces KVM has made the caller ask for it.
+        own = [setting for setting in handle.get_backend_settings() if not setting.startswith("force_")]
+        handle.set_backend_settings([*own, "force_tcg"])
     handle.set_memsize(settings.memory_mib)
     handle.set_smp(settings.cpus)
     handle.set_network(settings.network)

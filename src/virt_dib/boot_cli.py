@@ -11,10 +11,10 @@ from pathlib import Path
 
 from virt_dib import boot, kvm
 from virt_dib.boot import BootResult, Firmware
-from virt_dib.builder import cache_dir
 from virt_dib.cli import interrupts, report_errors
 from virt_dib.errors import VirtDibError
 from virt_dib.monitor import printable, write_out
+from virt_dib.supermin import cache_dir
 
 _PROG = "virt-dib-boot-test"
 _LONGEST_WAIT_S = 7 * 24 * 3600

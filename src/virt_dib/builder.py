@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from virt_dib import environment as contract
-from virt_dib import formats, kvm, layout, staging
+from virt_dib import formats, kvm, layout, staging, supermin
 from virt_dib.appliance import Appliance, Disk, Event, Settings, open_appliance
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError, ToolError
@@ -59,12 +59,6 @@ def build_image(
     return BuildReport(
         name=spec.name, phases=tuple(build.results), artifacts=(*artifacts, log), seconds=time.monotonic() - begun
     )
-
-
-def cache_dir() -> Path:
-    """Where virt-dib keeps what it can make again: the appliance, the KVM verdict."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "virt-dib"
 
 
 @contextlib.contextmanager
@@ -126,13 +120,13 @@ class _Build:
 
     @contextlib.contextmanager
     def _appliance(self, disks: Sequence[Disk]) -> Iterator[Appliance]:
-        verdict = kvm.choose(wanted=self._wanted, kernel=None, cache_dir=cache_dir())
+        verdict = kvm.choose(wanted=self._wanted, kernel=None, cache_dir=supermin.cache_dir())
         accelerate = verdict.acceleration is kvm.Acceleration.KVM
         if not accelerate:
             self._monitor.message(f"emulating the appliance, about 15 times slower than with KVM: {verdict.reason}")
         settings = Settings(
             disks=disks,
-            cache_dir=cache_dir(),
+            cache_dir=supermin.cache_dir(),
             memory_mib=self._plan.memory_mib,
             cpus=self._plan.cpus,
             network=self._plan.spec.network,

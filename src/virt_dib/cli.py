@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-from virt_dib import __version__, formats
+from virt_dib import __version__, formats, kvm
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
 from virt_dib.monitor import BuildMonitor, coloured, printable, summary, wants_colour, write_out
 from virt_dib.report import BuildReport
@@ -34,7 +34,6 @@ _T = TypeVar("_T")
 
 PROG = "virt-dib"
 KVM_VARIABLE = "VIRT_DIB_KVM"
-_KVM_CHOICES = ("auto", "on", "off")
 _INSTALL_TYPES = ("source", "package")
 _DEFAULT_NAME = "image"
 _DEFAULT_FS_TYPE = "ext4"
@@ -491,8 +490,8 @@ def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
 
 def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
     if text is not None:
-        return _choice("value of --kvm", text, _KVM_CHOICES, "auto")
-    return _choice(f"value of the variable {KVM_VARIABLE}", environ.get(KVM_VARIABLE) or None, _KVM_CHOICES, "auto")
+        return _choice("value of --kvm", text, kvm.SETTINGS, "auto")
+    return kvm.wanted_from_environment(environ)
 
 
 def _size(text: str | None) -> int | None:

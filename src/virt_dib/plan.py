@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import dib, elements, formats, hooks, layout, tools
+from virt_dib import dib, elements, formats, hooks, layout, prerequisites, tools
 from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
@@ -56,7 +56,7 @@ def make_plan(
     """
     found = _Findings(problems)
     found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
-    found.tell(lambda: tools.require("qemu-img", purpose="write the image", package="qemu-utils"))
+    found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
     installation = found.tell(lambda: dib.find_installation(spec.dib_library))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
@@ -128,22 +128,25 @@ class _Findings:
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems = list(problems)
-        self._class: type[VirtDibError] = UsageError
+        self._class: type[VirtDibError] | None = UsageError if problems else None
+
+    def add(self, problems: Sequence[Problem]) -> None:
+        """Take over what is missing on the host."""
+        self._problems += problems
+        if problems and self._class is None:
+            self._class = PrerequisiteError
 
     def tell(self, ask: Callable[[], _T]) -> _T | None:
         """The answer, or None when it is an error, which is kept."""
         try:
             return ask()
         except VirtDibError as error:
-            if not self._problems or error.exit_status == UsageError.exit_status:
-                self._class = type(error)
             self._problems += [problem for problem in error.problems if problem not in self._problems]
+            if self._class is None or isinstance(error, UsageError):
+                self._class = UsageError if isinstance(error, UsageError) else type(error)
             return None
 
     def stop(self) -> None:
         """Raise what was found, if anything: a usage error if there is one among it."""
-        if self._problems:
-            usage = issubclass(self._class, UsageError)
-            raise (UsageError if usage else PrerequisiteError if self._class is PrerequisiteError else self._class).of(
-                self._problems
-            )
+        if self._class is not None:
+            raise self._class.of(self._problems)

@@ -50,6 +50,12 @@ HOST_FILES = (
 """Files that no package's list holds, or that the host's administrator changed. Globs."""
 
 
+def cache_dir() -> Path:
+    """Where virt-dib keeps what it can make again: the appliance, the KVM verdict."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "virt-dib"
+
+
 def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
     """A directory to put first on libguestfs's path; libguestfs keeps its appliance there too.
 

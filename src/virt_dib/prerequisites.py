@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a build needs on this host, and how to get what is missing: for the doctor, and for a build that starts."""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_dib import appliance, boot, dib, kvm, tools
+from virt_dib.errors import Problem, VirtDibError
+from virt_dib.monitor import size_text
+
+_GUESTFS_DIRS = ("usr/lib/*/guestfs", "usr/lib64/guestfs", "usr/lib/guestfs")
+_SYSTEM_PYTHON = Path("/usr/bin/python3")
+_GIB = 1 << 30
+BUILD_SPACE_BYTES = 8 * _GIB
+"""What the disks of a build of some gigabytes take, in the temporary directory."""
+CACHE_SPACE_BYTES = 1 * _GIB
+"""What the appliance takes in the cache (half of it on Debian 12), with room for its successor."""
+
+OK, MISSING, SLOW, LOW = "ok", "missing", "slow", "low"
+"""The words for the outcome of a check."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    detail: str
+    """Where it is, or as the message of an error what is wrong with it."""
+    hint: str | None = None
+    """What to do when it is not ok."""
+    required: bool = True
+    """No build can work without it."""
+    failing: str = MISSING
+    """The word for it when it is not ok."""
+
+    @property
+    def word(self) -> str:
+        """``ok``, ``missing``, ``slow`` or ``low``."""
+        return OK if self.ok else self.failing
+
+
+@dataclass(frozen=True, slots=True)
+class _Tool:
+    """A program, what for, and the packages it is in."""
+
+    program: str
+    purpose: str
+    debian: str
+    fedora: str
+
+
+_REQUIRED_TOOLS = (
+    _Tool("supermin", "make the appliance", "supermin", "supermin"),
+    _Tool("qemu-img", "write the image", "qemu-utils", "qemu-img"),
+    _Tool("mke2fs", "make the build disk", "e2fsprogs", "e2fsprogs"),
+    _Tool("python3", "run diskimage-builder in the appliance", "python3", "python3"),
+)
+"""Besides qemu, whose name depends on the processor."""
+
+_QEMU_PACKAGES = {
+    "x86_64": ("qemu-system-x86", "qemu-system-x86-core"),
+    "aarch64": ("qemu-system-arm", "qemu-system-aarch64-core"),
+}
+"""By ``platform.machine()``: Debian's, Fedora's."""
+
+_ELEMENT_TOOLS = (
+    _Tool("debootstrap", "make Debian and Ubuntu trees", "debootstrap", "debootstrap"),
+    _Tool("mmdebstrap", "make Debian trees (debian-minimal)", "mmdebstrap", "mmdebstrap"),
+    _Tool("gpgv", "verify what is downloaded", "gpgv", "gnupg2"),
+    _Tool("perl", "run scripts of elements and bootstrap tools", "perl", "perl-interpreter"),
+    _Tool("awk", "run scripts of elements", "gawk", "gawk"),
+    _Tool("git", "fetch sources (source-repositories)", "git", "git-core"),
+    _Tool("curl", "fetch files and images (cache-url)", "curl", "curl"),
+    _Tool("sgdisk", "partition with GPT", "gdisk", "gdisk"),
+    _Tool("kpartx", "reach partitions", "kpartx", "kpartx"),
+    _Tool("dmsetup", "lay out the image disk", "dmsetup", "device-mapper"),
+    _Tool("mkfs.vfat", "make EFI system partitions", "dosfstools", "dosfstools"),
+    _Tool("mkfs.xfs", "make XFS file systems", "xfsprogs", "xfsprogs"),
+    _Tool("lvm", "make logical volumes", "lvm2", "lvm2"),
+)
+"""The appliance takes them from this host; which of them a build uses is up to its elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """How packages are installed on a family of distributions."""
+
+    ids: frozenset[str]
+
+    @classmethod
+    def of_host(cls, os_release: Path) -> Distribution:
+        """By ID and ID_LIKE (os-release(5))."""
+        values = {}
+        try:
+            for line in os_release.read_text(errors="replace").splitlines():
+                name, equals, value = line.partition("=")
+                if equals and name in ("ID", "ID_LIKE"):
+                    values[name] = " ".join(shlex.split(value))
+        except (OSError, ValueError):
+            return cls(frozenset())
+        return cls(frozenset(" ".join(values.values()).split()))
+
+    def install(self, debian: str, fedora: str) -> str:
+        """The command that installs a package, or its names where the command is not known."""
+        if self.ids & {"debian", "ubuntu"}:
+            return f"install it: apt-get install {debian}"
+        if self.ids & {"fedora", "rhel", "centos"}:
+            return f"install it: dnf install {fedora}"
+        names = debian if debian == fedora else f"{debian} on Debian, {fedora} on Fedora"
+        return f"install the package with it ({names})"
+
+    @property
+    def kernel_package(self) -> str:
+        """The command that installs a kernel made for virtual machines."""
+        arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+        return self.install(
+            "linux-image-virtual" if "ubuntu" in self.ids else f"linux-image-cloud-{arch}", "kernel-core"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """Where to look. Tests look elsewhere than at ``/``."""
+
+    root: Path = Path("/")
+    environ: Mapping[str, str]
+
+    @classmethod
+    def here(cls) -> Host:
+        """This host and the environment of this process."""
+        return cls(environ=os.environ)
+
+    @property
+    def distribution(self) -> Distribution:
+        """The family this host belongs to."""
+        return Distribution.of_host(self.root / "etc/os-release")
+
+    @property
+    def temp_dir(self) -> Path:
+        """Where the disks of a build are."""
+        return Path(self.environ.get("TMPDIR") or self.root / "var/tmp")
+
+
+def checks(host: Host, *, cache: Path) -> list[Check]:
+    """Look at all that builds need or may need, with a new trial of KVM, which can take ten seconds.
+
+    Raises:
+        UsageError: the environment asks for KVM in a way that cannot be.
+    """
+    wanted = kvm.wanted_from_environment(host.environ)
+    return [
+        *_required(host),
+        _dib(),
+        _space("temporary space", host.temp_dir, BUILD_SPACE_BYTES, "set TMPDIR to a directory"),
+        _space("cache space", cache, CACHE_SPACE_BYTES, "set XDG_CACHE_HOME to a directory"),
+        _kvm(wanted, cache),
+        *(_tool(tool, host.distribution, required=False) for tool in _ELEMENT_TOOLS),
+        _uefi(host.distribution),
+    ]
+
+
+def require_prerequisites(host: Host | None = None) -> list[Problem]:
+    """What is missing on this host for any build at all, in the words of the doctor; takes a moment only."""
+    return [Problem(check.detail, check.hint) for check in _required(host or Host.here()) if not check.ok]
+
+
+# ---- the checks ----
+
+
+def _required(host: Host) -> Iterator[Check]:
+    distribution = host.distribution
+    yield _binding(distribution)
+    yield _supermin_dir(host)
+    yield _kernel(host)
+    processor = platform.machine()
+    debian, fedora = _QEMU_PACKAGES.get(processor, ("qemu-system", "qemu-system"))
+    qemu = _Tool(f"qemu-system-{processor}", "run the appliance", debian, fedora)
+    yield _tool(qemu, distribution, required=True)
+    for tool in _REQUIRED_TOOLS:
+        yield _tool(tool, distribution, required=True)
+
+
+def _tool(tool: _Tool, distribution: Distribution, *, required: bool) -> Check:
+    found = tools.find(tool.program)
+    if found is not None:
+        return Check(name=tool.program, ok=True, detail=str(found), required=required)
+    use = "needed to" if required else "which some elements use to"
+    return Check(
+        name=tool.program,
+        ok=False,
+        detail=f"'{tool.program}' not found, {use} {tool.purpose}",
+        hint=distribution.install(tool.debian, tool.fedora),
+        required=required,
+    )
+
+
+def _binding(distribution: Distribution) -> Check:
+    name = "libguestfs binding"
+    problem = appliance.binding_problem()
+    if problem is None:
+        return Check(name=name, ok=True, detail=f"importable by {sys.executable}")
+    hint = distribution.install("python3-guestfs", "python3-libguestfs")
+    if _system_python_has_binding():
+        hint = f"'{_SYSTEM_PYTHON}' has it"
+    if Path(sys.executable).resolve() != _SYSTEM_PYTHON.resolve() or sys.prefix != sys.base_prefix:
+        hint += (
+            f"; install virt-dib for that Python: {_SYSTEM_PYTHON} -m venv --system-site-packages DIR, "
+            "then DIR/bin/pip install virt-dib"
+        )
+    return Check(name=name, ok=False, detail=problem.message, hint=hint)
+
+
+def _system_python_has_binding() -> bool:
+    if not _SYSTEM_PYTHON.exists():
+        return False
+    # Isolated: what this process has in PYTHONPATH says nothing about that Python.
+    command = [str(_SYSTEM_PYTHON), "-I", "-c", "import guestfs"]
+    try:
+        return tools.run(command, doing="asking the system's Python", timeout_s=30, check=False).exit_status == 0
+    except VirtDibError:
+        return False
+
+
+def _supermin_dir(host: Host) -> Check:
+    name = "libguestfs appliance"
+    path = host.environ.get("LIBGUESTFS_PATH")
+    patterns = [str(host.root / place) for place in _GUESTFS_DIRS]
+    places = path.split(":") if path else [place for pattern in patterns for place in sorted(glob.glob(pattern))]
+    for place in places:
+        if Path(place, "supermin.d").is_dir():
+            return Check(name=name, ok=True, detail=f"{place}/supermin.d")
+    return Check(
+        name=name,
+        ok=False,
+        detail=f"no supermin.d in {'LIBGUESTFS_PATH' if path else 'the directories of libguestfs'}, "
+        "needed to make the appliance",
+        hint="unset LIBGUESTFS_PATH" if path else host.distribution.install("libguestfs0", "libguestfs-appliance"),
+    )
+
+
+def _kernel(host: Host) -> Check:
+    """What supermin will take, which does not look for another one when that cannot be read."""
+    name = "kernel"
+    kernels = kvm.host_kernels(host.root, host.environ)
+    usable = [kernel for kernel in kernels if kernel.has_modules]
+    if not usable:
+        found = f", only {', '.join(str(kernel.path) for kernel in kernels)} without modules" if kernels else ""
+        return Check(
+            name=name,
+            ok=False,
+            detail=f"no kernel with its modules in /boot and /lib/modules{found}, needed to start the appliance",
+            hint=host.distribution.kernel_package,
+        )
+    chosen = usable[0]
+    others = "".join(f", also {kernel.path}" for kernel in usable[1:])
+    if chosen.is_readable:
+        return Check(name=name, ok=True, detail=f"{chosen.path}{others}")
+    return Check(
+        name=name,
+        ok=False,
+        detail=f"the kernel '{chosen.path}' cannot be read by this user, needed to start the appliance{others}",
+        hint=hint_to_read(chosen, usable, host.distribution),
+    )
+
+
+def hint_to_read(chosen: kvm.Kernel, usable: Sequence[kvm.Kernel], distribution: Distribution) -> str:
+    """How to get at the kernel *chosen* by supermin, or past it to another of the *usable* ones."""
+    path = shlex.quote(str(chosen.path))
+    hint = f"make it readable, as root: chmod 0644 {path}"
+    if distribution.ids & {"debian", "ubuntu"}:
+        # An update of the package puts the mode back, unless dpkg knows better.
+        hint = f"make it readable, as root: dpkg-statoverride --update --add root root 0644 {path} (or chmod 0644)"
+    other = next((kernel for kernel in usable if kernel.is_readable), None)
+    if other is not None:
+        hint += f"; or use another one: export SUPERMIN_KERNEL={shlex.quote(str(other.path))}"
+    return hint
+
+
+def _dib() -> Check:
+    name = "diskimage-builder"
+    try:
+        installation = dib.find_installation(None)
+    except VirtDibError as error:
+        (problem, *_) = error.problems
+        return Check(name=name, ok=False, detail=problem.message, hint=problem.hint)
+    return Check(name=name, ok=True, detail=f"elements in {installation.elements_dir}")
+
+
+def _space(name: str, directory: Path, needed_bytes: int, advice: str) -> Check:
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            state = os.statvfs(place)
+    except OSError as error:
+        return Check(
+            name=name,
+            ok=False,
+            detail=f"cannot write in '{place}': {(error.strerror or str(error)).lower()}",
+            hint=f"{advice} that you can write",
+        )
+    free_bytes = state.f_bavail * state.f_frsize
+    free = f"{size_text(free_bytes)} free in '{directory}'"
+    if free_bytes >= needed_bytes:
+        return Check(name=name, ok=True, detail=free)
+    return Check(
+        name=name,
+        ok=False,
+        detail=f"only {free}, {size_text(needed_bytes)} are needed",
+        hint=f"free some space there, or {advice} with more",
+        failing=LOW,
+    )
+
+
+def _kvm(wanted: str, cache: Path) -> Check:
+    verdict = kvm.choose(wanted=wanted, kernel=None, cache_dir=cache, again=True)
+    fast = verdict.acceleration is kvm.Acceleration.KVM
+    return Check(
+        name="KVM",
+        ok=fast,
+        detail=verdict.reason if fast else f"{verdict.reason}; builds work, but about 15 times slower",
+        hint=None if fast else _kvm_hint(wanted),
+        required=False,
+        failing=SLOW,
+    )
+
+
+def _kvm_hint(wanted: str) -> str:
+    if wanted == "off":
+        return "unset what forces it off to have it tried"
+    if kvm.DEVICE.exists() and not os.access(kvm.DEVICE, os.R_OK | os.W_OK):
+        return "let this user open it: add the user to the group 'kvm' and log in again"
+    return "use a machine with KVM; in a virtual machine, allow nested virtualization on the host above"
+
+
+def _uefi(distribution: Distribution) -> Check:
+    name = "UEFI firmware"
+    try:
+        code, _store = boot.find_uefi()
+    except VirtDibError as error:
+        hint = distribution.install("ovmf", "edk2-ovmf")
+        return Check(name=name, ok=False, detail=str(error), hint=hint, required=False)
+    return Check(name=name, ok=True, detail=str(code), required=False)
