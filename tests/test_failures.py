@@ -154,7 +154,7 @@ def test_an_unreadable_kernel(element_dir: Path, output_dir: Path, tmp_path: Pat
 @pytest.mark.appliance
 @pytest.mark.parametrize("size", ["12m", "300m"], ids=["at-the-start", "during-a-script"])
 def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Path, size: str) -> None:
-    script = "#!/bin/bash\nhead -c 2G /dev/urandom >/big\nsync\n"
+    script = "#!/bin/bash\ndd if=/dev/urandom of=/big bs=1M count=2000\nsync\n"
     make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
     run_by = hidden(f"mount -t tmpfs -o size={size} none {tmp_path}/temporary")
     run = fail(
@@ -170,7 +170,7 @@ def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Pat
 
 @pytest.mark.appliance
 def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
-    script = "#!/bin/bash\nhead -c 300M /dev/urandom >/big\n"
+    script = "#!/bin/bash\ndd if=/dev/urandom of=/big bs=1M count=300\n"
     make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
     run = fail(
         ["--size", "200M", "--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "big"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ _OUT_LIMIT_BYTES = 16 * 1024**3
 _STEPS = ("starting the appliance", "making the image disk", "copying the tree", "cleaning up")
 _NO_TREE_STATUS = 3
 _LAST_LINES = 10
+_HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 def build_image(
@@ -47,7 +49,7 @@ def build_image(
         VirtDibError: what went wrong; files of an earlier build are as they were.
     """
     begun = time.monotonic()
-    with _workspace() as workspace:
+    with _workspace() as workspace, _host_errors(workspace, spec.output_dir):
         plan = make_plan(spec, workspace, problems)
         log_path = spec.output_dir / f"{spec.name}.log"
         phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
@@ -76,6 +78,21 @@ def _workspace() -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
+    """Tell what the host's file systems refuse, wherever in a build that is, as an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _HOST_ERRORS:
+            raise
+        raise ToolError(
+            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {error.strerror}"
+            + (f": '{error.filename}'" if error.filename else ""),
+            hint="make room or give rights there; TMPDIR names another directory for the disks of a build",
+        ) from error
 
 
 class _Build:
