@@ -152,7 +152,8 @@ def test_size_auto_follows_dibs_rule(element_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_gigabyte_of_files_in_a_large_disk_stays_small(element_dir: Path, tmp_path: Path) -> None:
-    script = "#!/bin/bash\nset -e\ndd if=/dev/urandom of=/big bs=1M count=1024\ndd if=/dev/zero of=/gone bs=1M count=1024\nrm /gone\n"
+    write = "dd if=/dev/urandom bs=1M count=1024"
+    script = f"#!/bin/bash\nset -e\n{write} of=/big\n{write} of=/gone\nrm /gone\n"
     make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
     build([element_dir, tmp_path / "elements"], tmp_path, "big", "block-device-gpt", size="5G")
     image = tmp_path / "disk.raw"
