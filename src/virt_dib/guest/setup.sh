@@ -6,6 +6,16 @@
 
 set -eu
 
+# supermin makes the appliance of the packages the host has at that moment; while apt works, some are half there.
+missing=()
+for program in bash cat chroot dmsetup find findmnt gawk getent install losetup mke2fs mount python3 sort udevadm; do
+    type -P "$program" >/dev/null || missing+=("$program")
+done
+if [[ ${#missing[@]} -gt 0 ]]; then
+    echo "the appliance lacks ${missing[*]}; were packages being installed on the host while it was made?" >&2
+    exit 1
+fi
+
 mkdir -p /dib
 mount --bind /sysroot /dib
 cd /dib
