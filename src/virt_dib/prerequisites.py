@@ -225,7 +225,7 @@ def _system_python_has_binding() -> bool:
     if not _SYSTEM_PYTHON.exists():
         return False
     # Isolated: what this process has in PYTHONPATH says nothing about that Python.
-    command = [str(_SYSTEM_PYTHON), "-I", "-c", "import guestfs"]
+    command = [str(_SYSTEM_PYTHON), "-I", "-c", "__import__('guestfs')"]
     try:
         return tools.run(command, doing="asking the system's Python", timeout_s=30, check=False).exit_status == 0
     except VirtDibError:
