@@ -125,7 +125,7 @@ def test_without_the_binding(host: FakeHost, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_systems_python_has_the_binding(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     # A program in its place that succeeds as that Python does when it can import guestfs.
     python = host.bin_dir / "python3"
-    python.write_text('#!/bin/sh\ntest "$*" = "-I -c __import__('guestfs')"\n')
+    python.write_text('#!/bin/sh\ntest "$*" = "-I -c __import__(\'guestfs\')"\n')
     monkeypatch.setitem(sys.modules, "guestfs", None)
     monkeypatch.setattr(prerequisites, "_SYSTEM_PYTHON", python)
     (problem,) = host.required()

@@ -144,11 +144,14 @@ def test_custom_configuration(element_dir: Path, tmp_path: Path, *, as_file: boo
 
 
 def test_size_auto_follows_dibs_rule(element_dir: Path, tmp_path: Path) -> None:
-    build(element_dir, tmp_path, size="auto")
+    files_mib = 150
+    script = f"#!/bin/bash\nset -e\ndd if=/dev/urandom bs=1M count={files_mib} of=/big\n"
+    make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
+    build([element_dir, tmp_path / "elements"], tmp_path, "big", size="auto")
     size_kib = (tmp_path / "disk.raw").stat().st_size // 1024
     assert size_kib % 64 == 0
-    # The tree is a few MiB: the 64 MiB of the journal and the tree divided by 0.6.
-    assert 65 * 1024 < size_kib < 100 * 1024
+    # The tree, with a few MiB of an operating system in it, divided by 0.6, and the journal.
+    assert files_mib / 0.6 + 64 < size_kib / 1024 < (files_mib + 15) / 0.6 + 64
 
 
 def test_a_gigabyte_of_files_in_a_large_disk_stays_small(element_dir: Path, tmp_path: Path) -> None:

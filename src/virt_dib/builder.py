@@ -126,8 +126,8 @@ class _Build:
                     self._run_phase(appliance, phase)
                 self._finish_image(appliance)
                 left = outputs.add(appliance)
-            size_bytes = (self._facts.image_size_kib or 0) * 1024
-            os.truncate(image_disk.path, size_bytes)
+            # Of the disk, as long as any image may become, the output is the beginning.
+            os.truncate(image_disk.path, plan.layout.images[0].size_bytes or (self._facts.image_size_kib or 0) * 1024)
             for output in plan.formats:
                 with self._step(f"writing {output.name}"):
                     outputs.convert(output, image_disk.path)

@@ -29,6 +29,9 @@ _TREE_SHARE = 0.6
 _SLICE_BYTES = 1 << 41
 """Room on the image disk for an image whose size is not known yet."""
 
+OUTPUT_IMAGE = "image0"
+"""The node whose disk becomes the output; DIB has the name hard-wired (contract section 3.1)."""
+
 _FALLBACK = """\
 - local_loop:
     name: image0
@@ -220,12 +223,11 @@ def _ask(
 
 
 def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image, ...]:
+    """The configuration's images side by side on the image disk; the one that becomes the output comes first."""
     images: list[Image] = []
     offset_bytes = 0
-    for node in nodes:
-        loop = node.get("local_loop")
-        if loop is None:
-            continue
+    loops = [node["local_loop"] for node in nodes if "local_loop" in node]
+    for loop in sorted(loops, key=lambda loop: loop["name"] != OUTPUT_IMAGE):
         size_bytes = _config_size(loop["size"]) if "size" in loop else None
         images.append(
             Image(
@@ -236,10 +238,10 @@ def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image,
             )
         )
         offset_bytes += size_bytes or _slice_bytes(spec)
-    if not any(image.name == "image0" for image in images):
+    if not images or images[0].name != OUTPUT_IMAGE:
         raise UsageError(
-            "the block device configuration has no local_loop named 'image0'",
-            hint="name the local_loop of the image's disk image0, as diskimage-builder wants it",
+            f"the block device configuration has no local_loop named '{OUTPUT_IMAGE}'",
+            hint=f"name the local_loop of the image's disk {OUTPUT_IMAGE}, as diskimage-builder wants it",
         )
     return tuple(images)
 
