@@ -115,7 +115,7 @@ def test_efi_with_4096_byte_sectors(element_dir: Path, tmp_path: Path) -> None:
 
 
 def test_efi_lvm(element_dir: Path, tmp_path: Path) -> None:
-    build(element_dir, tmp_path, "block-device-efi-lvm", size="6G")
+    build(element_dir, tmp_path, "block-device-efi-lvm", size="8G")
     image = tmp_path / "disk.raw"
     partitions = table(image)["partitions"]
     assert "LVM2_member" in [kind(image, partition["start"] * 512).get("TYPE") for partition in partitions]

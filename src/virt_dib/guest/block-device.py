@@ -15,6 +15,7 @@ import io
 import json
 import os
 import sys
+import traceback
 
 import yaml
 from diskimage_builder.block_device import blockdevice, cmd, config
@@ -51,7 +52,9 @@ def main() -> None:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever DIB raises, it is reported
             if isinstance(error, SystemExit) and not error.code:
                 continue
-            sys.exit(f"dib-block-device {command}: {type(error).__name__}: {error}")
+            # DIB asserts without a word what the user's sizes must fulfil: then the code says it.
+            where = traceback.extract_tb(error.__traceback__)[-1].line
+            sys.exit(f"dib-block-device {command}: {type(error).__name__}: {str(error) or where}")
     with open(answers_path, "w") as stream:
         json.dump(answers, stream)
 
