@@ -208,9 +208,13 @@ def test_a_script_killed_by_a_signal(element_dir: Path, output_dir: Path, tmp_pa
 
 
 @pytest.mark.appliance
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, b"waiting"), (signal.SIGTERM, b"waiting"), (signal.SIGINT, b"starting the appliance")],
+    ids=["INT", "TERM", "INT-at-the-start"],
+)
 def test_interrupting_ends_everything(
-    element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals
+    element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals, moment: bytes
 ) -> None:
     make_element(tmp_path / "elements", "slow", {"root.d/60-slow": "#!/bin/bash\necho waiting\nsleep 600\n"})
     temporary = tmp_path / "temporary"
