@@ -40,7 +40,11 @@ _OLD_DIB = "diskimage-builder==1.28.0"
 
 def make_tree(target: Path, size_mib: int) -> int:
     """A tar.gz of about *size_mib* MiB that can be chrooted into; return its unpacked size in bytes."""
-    programs = ["bash", "sh", "env", "cat", "find", "wc", "ls", "mkdir", "rm", "sort", "date", "sed", "grep", "mktemp"]
+    programs = [
+        "awk", "basename", "bash", "cat", "chmod", "chown", "cp", "cut", "date", "dd", "dirname", "env", "expr",
+        "find", "grep", "head", "id", "ln", "ls", "mkdir", "mktemp", "mv", "printf", "readlink", "rm", "rmdir",
+        "sed", "sh", "sleep", "sort", "stat", "tail", "tee", "touch", "tr", "true", "uname", "wc",
+    ]  # fmt: skip
     paths: dict[str, Path] = {}
     for program in programs:
         real = tools.require(program, purpose="make the tree", package="coreutils").resolve()

@@ -315,13 +315,13 @@ def test_all_mistakes_are_found() -> None:
     assert [problem.message for problem in cli.parse(arguments, {}).problems] == [
         "unknown option '--wat'",
         "option '--smp' needs a value",
+        "cannot use '1' as the name of a variable in --envvar",
+        "cannot use '2' as the name of a variable in --envvar",
         "no element named",
         "cannot use '' as the directory of --element-path",
         "unknown format 'qcow'",
         "unknown format 'vhdx'",
         "cannot use '5Q' as the size of the image",
-        "cannot use '1' as the name of a variable in --envvar",
-        "cannot use '2' as the name of a variable in --envvar",
     ]
 
 
@@ -427,10 +427,11 @@ def test_the_command(arguments: list[str], exit_status: int, out: str, err: str,
 
 WAITING = """
 import sys
+from virt_dib.interrupts import interrupts
 from virt_dib import cli
 
 def body():
-    with cli.interrupts():
+    with interrupts():
         try:
             print("ready", flush=True)
             sys.stdin.readline()
@@ -474,3 +475,25 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
 
 def test_default_size_is_the_one_in_the_help() -> None:
     assert parsed("--size", "5G").spec.size_bytes == DEFAULT_SIZE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("variable", "option", "field", "from_variable", "from_option"),
+    [
+        ("FS_TYPE=xfs", ["--fs-type", "ext3"], "fs_type", "xfs", "ext3"),
+        ("ARCH=arm64", ["--arch", "armhf"], "arch", "arm64", "armhf"),
+        ("ROOT_LABEL=one", ["--root-label", "two"], "root_label", "one", "two"),
+        ("DIB_DEBUG_TRACE=2", ["--debug", "1"], "debug_level", 2, 1),
+        ("DIB_IMAGE_SIZE=7", ["--size", "1G"], "size_bytes", None, 1024**3),
+    ],
+)
+def test_variables_that_mean_what_an_option_means(
+    variable: str, option: list[str], field: str, from_variable: object, from_option: object
+) -> None:
+    assert getattr(cli.parse(["--envvar", variable, "debian"], {}).spec, field) == from_variable
+    assert getattr(cli.parse(["--envvar", variable, *option, "debian"], {}).spec, field) == from_option
+
+
+def test_variables_of_bash_cannot_be_set() -> None:
+    (problem,) = cli.parse(["--envvar", "UID=7", "debian"], {}).problems
+    assert "UID" in problem.message

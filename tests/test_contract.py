@@ -54,6 +54,7 @@ EVERYWHERE = {
     "LOGNAME": "root",
     "SHELL": "/bin/bash",
     "TERM": "dumb",
+    "DIB_MANIFEST_SAVE_DIR": "/dib/out",
     "PYTHONUNBUFFERED": "1",
 }
 COMPARED_OTHERWISE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,12 @@ def mirrors() -> list[str]:
     ],
     ids=["mbr", "gpt", "efi"],
 )
-def test_debian_builds_and_boots(tmp_path: Path, layout: list[str], firmware: Firmware) -> None:
-    directory = tmp_path.with_name("debian-" + "-".join(layout or ["mbr"]))
-    directory.mkdir(mode=0o755)
-    for parent in directory.parents[:2]:
-        parent.chmod(parent.stat().st_mode | 0o055)
+def test_debian_builds_and_boots(layout: list[str], firmware: Firmware) -> None:
+    with tempfile.TemporaryDirectory(prefix="virt-dib-test-", dir="/var/tmp") as name:
+        build_and_boot(Path(name), layout, firmware)
+
+
+def build_and_boot(directory: Path, layout: list[str], firmware: Firmware) -> None:
     tools.run(
         [
             *as_ordinary_user(directory), sys.executable, "-m", "virt_dib", "--name", "d", "--formats", "qcow2,raw",

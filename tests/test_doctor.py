@@ -19,7 +19,7 @@ UBUNTU = "ID=ubuntu\nID_LIKE=debian\n"
 FEDORA = "ID=fedora\n"
 ROCKY = 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'
 OTHER = "ID=arch\n"
-PROGRAMS = ("supermin", "qemu-img", "mke2fs", "python3", f"qemu-system-{platform.machine()}")
+PROGRAMS = ("supermin", "qemu-img", "mke2fs", "python3", "dmsetup", "gawk", f"qemu-system-{platform.machine()}")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -129,3 +130,15 @@ def test_a_page_that_drifts_is_found() -> None:
     assert {"errors is not on the page", "the page has mistakes, which does not exist"} <= (
         violations(PACKAGE_DIR, drifted) - before
     )
+
+
+def test_what_the_page_names_exists() -> None:
+    named = re.findall(r"`([a-z]+)\.([A-Za-z_]+)(?:\.([a-z_]+))?[^`]*`", PAGE.read_text(encoding="utf-8"))
+    inner = [names for names in named if names[1] != "py" and (PACKAGE_DIR / f"{names[0]}.py").exists()]
+    missing = []
+    for module, name, attribute in inner:
+        found = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name, None)
+        if found is None or (attribute and not hasattr(found, attribute)):
+            missing.append(f"{module}.{name}")
+    assert len(inner) > 20
+    assert missing == []

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, TypeVar
 from virt_dib import environment as contract
 from virt_dib import supermin
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
+from virt_dib.interrupts import shielded
 
 if TYPE_CHECKING:
     import guestfs  # noqa: TID251 - the one importer
@@ -43,7 +44,10 @@ _REPLY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 120.0
 _EVENT_LIMIT_BYTES = 1 << 20
 _HOST_RESERVE_BYTES = 64 << 20
+_KILL_INTERVAL_S = 0.2
 _RS = b"\x1e"
+STATUS = re.compile(r"[0-9]{1,3}")
+"""An exit status in an event, which a guest may have forged."""
 
 _KERNEL_OPTIONS = "mitigations=off norandmaps init_on_alloc=0"
 """The appliance runs nothing but one build, so it needs no walls against itself. Emulated, ``norandmaps`` makes
@@ -74,6 +78,8 @@ class Settings:
     network: bool
     accelerate: bool
     """Use KVM; otherwise every instruction is emulated."""
+    insist: bool = False
+    """With ``accelerate``: fail where KVM does not work, instead of emulating."""
     trace: bool = False
     verbose: bool = False
     on_message: Callable[[str], None] | None = None
@@ -146,6 +152,7 @@ class Appliance:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._caller = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="libguestfs")
+        self._children_before = _children()
         # In the thread that will use it: libguestfs keeps a handler of errors for each thread, the
         # binding silences that of the creating one, and any other would print to standard error.
         self._handle = self._caller.submit(_handle, settings).result()
@@ -163,10 +170,11 @@ class Appliance:
         """
         handle, settings = self._handle, self._settings
         self._call("starting the appliance", handle.launch, timeout_s=_START_TIMEOUT_S)
-        self._pid = self._call("asking for the appliance's process", handle.get_pid)
+        with contextlib.suppress(ApplianceError):  # libvirt's machines are not our processes
+            self._pid = self._call("asking for the appliance's process", handle.get_pid)
         device = f"/dev/disk/guestfs/{settings.disks[0].label}"
         self._call("mounting the build disk in the appliance", handle.mount, device, "/")
-        self.run(["/bin/bash", "/sysroot/guest/setup.sh"], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, "/").check(
+        self.run(["/bin/bash", "/sysroot/guest/setup.sh"], {"PATH": contract.SYSTEM_PATH}, "/").check(
             "preparing the appliance"
         )
 
@@ -181,9 +189,14 @@ class Appliance:
 
     def close(self) -> None:
         """End the virtual machine if it still runs, without a word to it, and free everything."""
-        self._kill()
-        self._caller.submit(self._handle.close).result()
-        self._caller.shutdown()
+        with shielded():
+            closed = self._caller.submit(self._handle.close)
+            self._kill()
+            while not concurrent.futures.wait([closed], _KILL_INTERVAL_S).done:
+                # libguestfs was starting more processes when the first ones were killed.
+                self._kill()
+            self._running = False
+            self._caller.shutdown()
 
     # ---- work ----
 
@@ -201,7 +214,7 @@ class Appliance:
 
         *functions* is bash text read before it. Output goes to *on_output* as it comes, standard
         output and standard error in one; without *on_output* the last of it is kept in the result.
-        The word ``TOKEN`` in *command* becomes the token that makes a record an event.
+        With *on_event* the command gets one argument more, the token that makes a record an event.
 
         Raises:
             ApplianceError: the appliance died.
@@ -209,7 +222,7 @@ class Appliance:
         token = secrets.token_hex(12)
         job = f"/jobs/{self._jobs}"
         self._jobs += 1
-        words = " ".join(shlex.quote(token if word == "TOKEN" else word) for word in command)
+        words = shlex.join([*command, *([token] if on_event is not None else [])])
         text = f"{contract.exports(variables)}{functions}cd {shlex.quote(cwd)}\nexec {words}\n"
         doing = "starting a command in the appliance"
         self._call(doing, self._handle.write, f"{job}.sh", text.encode("utf-8", "surrogateescape"))
@@ -232,11 +245,23 @@ class Appliance:
         inside = self._on_build_disk(path)
         self._call(f"writing '{path}' in the appliance", self._handle.write, inside, data)
 
-    def archive(self, directory: str, target: Path) -> None:
-        """Write a tar file of *directory* of the build disk to *target* on the host."""
-        inside = self._on_build_disk(directory)
+    def archive(self, directory: str, target: Path, *, limit_bytes: int) -> None:
+        """Write a tar file of *directory* of the build disk to *target* on the host.
+
+        Raises:
+            ApplianceError: it is longer than *limit_bytes*, or there is no space for it.
+        """
         doing = f"copying '{directory}' out of the appliance"
-        self._call(doing, self._handle.tar_out, inside, str(target), timeout_s=None)
+
+        def check() -> None:
+            self._check_host_space()
+            if target.exists() and target.stat().st_size > limit_bytes:
+                raise ApplianceError(
+                    f"{doing}: it holds more than {limit_bytes} bytes", hint="an element left it there"
+                )
+
+        inside = self._on_build_disk(directory)
+        self._call(doing, self._handle.tar_out, inside, str(target), meanwhile=check)
 
     # ---- inside ----
 
@@ -265,7 +290,7 @@ class Appliance:
             for piece in splitter.feed(data):
                 if isinstance(piece, bytes):
                     on_output(piece)
-                elif piece.name == "exit" and piece.words[:1] and piece.words[0].isdigit():
+                elif piece.name == "exit" and len(piece.words) == 1 and STATUS.fullmatch(piece.words[0]):
                     return int(piece.words[0])
                 elif on_event is not None:
                     on_event(piece)
@@ -304,10 +329,18 @@ class Appliance:
                 )
 
     def _call(
-        self, doing: str, function: Callable[..., _T], *arguments: object, timeout_s: float | None = _REPLY_TIMEOUT_S
+        self,
+        doing: str,
+        function: Callable[..., _T],
+        *arguments: object,
+        timeout_s: float = _REPLY_TIMEOUT_S,
+        meanwhile: Callable[[], None] | None = None,
     ) -> _T:
+        """Call libguestfs. With *meanwhile*, called every second, there is no limit of time."""
         future = self._caller.submit(function, *arguments)
         try:
+            while meanwhile is not None and not concurrent.futures.wait([future], 1.0).done:
+                meanwhile()
             return future.result(timeout_s)
         except concurrent.futures.TimeoutError:
             self._kill()
@@ -324,8 +357,7 @@ class Appliance:
         """End the virtual machine now. Before its id is known, everything libguestfs has started."""
         if not self._running:
             return
-        self._running = False
-        pids = [self._pid] if self._pid is not None else _children()
+        pids = {self._pid} if self._pid is not None else _children() - self._children_before
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -397,6 +429,8 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     handle.set_pgroup(True)
     if "LIBGUESTFS_BACKEND" not in os.environ:
         handle.set_backend("direct")
+    if settings.accelerate and settings.insist:
+        handle.set_backend_settings([*handle.get_backend_settings(), "force_kvm"])
     if not settings.accelerate:
         # Settings of the user's stay; one that forces KVM has made the caller ask for it.
         own = [setting for setting in handle.get_backend_settings() if not setting.startswith("force_")]
@@ -420,12 +454,12 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     return handle
 
 
-def _children() -> list[int]:
+def _children() -> set[int]:
     """The processes this one has started and not yet waited for."""
-    found = []
+    found = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            found += [int(word) for word in (task / "children").read_text().split()]
+            found |= {int(word) for word in (task / "children").read_text().split()}
     return found
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from virt_dib import boot, kvm
 from virt_dib.boot import BootResult, Firmware
-from virt_dib.cli import interrupts, report_errors
+from virt_dib.cli import report_errors
 from virt_dib.errors import VirtDibError
+from virt_dib.interrupts import interrupts
 from virt_dib.monitor import printable, write_out
 from virt_dib.supermin import cache_dir
 

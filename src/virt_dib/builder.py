@@ -8,7 +8,7 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,21 +16,25 @@ from pathlib import Path
 
 from virt_dib import environment as contract
 from virt_dib import formats, kvm, layout, staging, supermin
-from virt_dib.appliance import Appliance, Disk, Event, Settings, open_appliance
+from virt_dib.appliance import STATUS, Appliance, Disk, Event, Settings, open_appliance
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError, ToolError
+from virt_dib.interrupts import shielded
 from virt_dib.monitor import BuildMonitor
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import DISK_PHASES, TREE_PHASES, BuildSpec, Phase, Where
 
 _GUEST_SCRIPTS = f"{contract.GUEST}/guest"
-_RUNNER_PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _OUT_LIMIT_BYTES = 16 * 1024**3
 _STEPS = ("starting the appliance", "making the image disk", "copying the tree", "cleaning up")
 _NO_TREE_STATUS = 3
 _LAST_LINES = 10
-_HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+_HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_MOST_RESULTS = 10_000
+"""Scripts of a phase in the report; a guest may forge any number."""
+_ANSWER_LIMIT = 4096
 
 
 def build_image(
@@ -57,9 +61,11 @@ def build_image(
         with open_monitor(log_path, steps) as monitor:
             build = _Build(plan, monitor, workspace, acceleration_wanted, trace=trace)
             artifacts = build.run()
-    log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
+    with contextlib.suppress(OSError):  # somebody tidied it away; the build is good all the same
+        log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
+        artifacts = (*artifacts, log)
     return BuildReport(
-        name=spec.name, phases=tuple(build.results), artifacts=(*artifacts, log), seconds=time.monotonic() - begun
+        name=spec.name, phases=tuple(build.results), artifacts=artifacts, seconds=time.monotonic() - begun
     )
 
 
@@ -67,17 +73,23 @@ def build_image(
 def _workspace() -> Iterator[Path]:
     """A private directory for the disks of one build, in TMPDIR or ``/var/tmp``."""
     parent = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - the directory made there is private
-    try:
-        directory = Path(tempfile.mkdtemp(prefix="virt-dib-", dir=parent))
-    except OSError as error:
-        raise ToolError(
-            f"making a directory for the build in '{parent}': {error.strerror}",
-            hint="set TMPDIR to a directory that you can write and that has space",
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack, shielded():
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="virt-dib-", dir=parent))
+        except OSError as error:
+            raise ToolError(
+                f"making a directory for the build in '{parent}': {error.strerror}",
+                hint="set TMPDIR to a directory that you can write and that has space",
+            ) from error
+        stack.callback(_remove, directory)
+        kept = stack.pop_all()
+    with kept:
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove(directory: Path) -> None:
+    with shielded():
+        staging.remove_tree(directory)
 
 
 @contextlib.contextmanager
@@ -91,7 +103,7 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
         raise ToolError(
             f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {error.strerror}"
             + (f": '{error.filename}'" if error.filename else ""),
-            hint="make room or give rights there; TMPDIR names another directory for the disks of a build",
+            hint="make room there; TMPDIR names another directory for the disks of a build",
         ) from error
 
 
@@ -114,6 +126,9 @@ class _Build:
         plan = self._plan
         build_disk = Disk(path=self._workspace / "build.img", label="build")
         image_disk = Disk(path=self._workspace / "image.img", label="image")
+        if plan.layout.discarded:
+            names = ", ".join(plan.layout.discarded)
+            self._monitor.warning(f"only {layout.OUTPUT_IMAGE} becomes an output; built and thrown away: {names}")
         with self._outputs() as outputs:
             plan.staging.make_disk(build_disk.path)
             _make_image_disk(image_disk.path, plan.layout.disk_bytes)
@@ -125,13 +140,14 @@ class _Build:
                 for phase in DISK_PHASES[1:]:
                     self._run_phase(appliance, phase)
                 self._finish_image(appliance)
-                left = outputs.add(appliance)
+                for name in outputs.add(appliance):
+                    self._monitor.warning(f"neither file nor directory, not taken over from the guest: {name}")
             # Of the disk, as long as any image may become, the output is the beginning.
             os.truncate(image_disk.path, plan.layout.images[0].size_bytes or (self._facts.image_size_kib or 0) * 1024)
             for output in plan.formats:
                 with self._step(f"writing {output.name}"):
                     outputs.convert(output, image_disk.path)
-            return outputs.publish(has_files=left)
+            return outputs.publish()
 
     # ---- the appliance ----
 
@@ -148,6 +164,7 @@ class _Build:
             cpus=self._plan.cpus,
             network=self._plan.spec.network,
             accelerate=accelerate,
+            insist=self._wanted == "on",
             trace=self._trace,
             verbose=self._trace,
             on_message=self._monitor.message,
@@ -181,10 +198,10 @@ class _Build:
         scripts = _PhaseScripts(phase, self._plan.hooks.owners, self._monitor)
         variables = contract.for_phase(self._facts, phase)
         if phase.where is Where.CHROOT:
-            command = [f"{_GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, contract.HOOKS, phase.directory, "TOKEN"]
+            command = [f"{_GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, contract.HOOKS, phase.directory]
             cwd = "/"
         else:
-            command = [f"{_GUEST_SCRIPTS}/run-phase.sh", f"{contract.HOOKS}/{phase.directory}", "TOKEN"]
+            command = [f"{_GUEST_SCRIPTS}/run-phase.sh", f"{contract.HOOKS}/{phase.directory}"]
             cwd = contract.OUT
         begun = time.monotonic()
         result = appliance.run(
@@ -204,8 +221,7 @@ class _Build:
     def _after(self, appliance: Appliance, phase: Phase) -> None:
         """What the runner itself does when a phase of the tree stage is over."""
         if phase is Phase.ROOT:
-            install_type = self._plan.spec.variables.get("DIB_DEFAULT_INSTALLTYPE", self._plan.spec.install_type)
-            arguments = ["after_root", contract.TREE, contract.HOOKS, install_type]
+            arguments = ["after_root", contract.TREE, contract.HOOKS, self._plan.spec.install_type]
             result = appliance.run([f"{_GUEST_SCRIPTS}/tree.sh", *arguments], _RUNNER_PATH, contract.GUEST)
             if result.exit_status == _NO_TREE_STATUS:
                 raise ScriptError(
@@ -227,20 +243,21 @@ class _Build:
                 "/",
                 on_output=self._monitor.output,
             )
-        if result.exit_status != 0:
-            raise ScriptError(
-                f"installing the extra packages {', '.join(packages)}: install-packages failed with exit status "
-                f"{result.exit_status}",
-                hint=f"an element must provide install-packages, and the packages must exist; {_where(self._monitor)}",
-                details=self._monitor.tail(_LAST_LINES),
-            )
+            if result.exit_status != 0:
+                raise ScriptError(
+                    f"installing the extra packages {', '.join(packages)}: install-packages failed with exit status "
+                    f"{result.exit_status}",
+                    hint=f"an element must provide install-packages, and the packages must exist; "
+                    f"{_where(self._monitor)}",
+                    details=self._monitor.tail(_LAST_LINES),
+                )
 
     # ---- the image disk ----
 
     def _make_image(self, appliance: Appliance) -> None:
         """From the finished tree to mounted file systems with the tree in them."""
         plan = self._plan
-        tree_kib = int(appliance.read(f"{contract.BUILD_DIR}/tree-size-kib").strip())
+        tree_kib = _tree_size_kib(appliance.read(f"{contract.BUILD_DIR}/tree-size-kib"), plan.layout.disk_bytes)
         fstype = plan.layout.block_devices.root_fstype
         size_kib = layout.image_size_kib(plan.spec, plan.elements, fstype, tree_kib)
         self._facts = dataclasses.replace(self._facts, image_size_kib=size_kib)
@@ -253,14 +270,9 @@ class _Build:
             options = layout.mkfs_options(plan.spec, fstype)
             params = layout.params_text(plan.layout, size_kib=size_kib, options=options)
             appliance.write(contract.PARAMS, params.encode())
-            answers = self._block_device(
-                appliance, "init", "create", "getval:image-block-device", "getval:image-block-devices", "writefstab"
-            )
-            self._facts = dataclasses.replace(
-                self._facts,
-                image_block_device=answers["getval:image-block-device"],
-                image_block_devices=answers["getval:image-block-devices"],
-            )
+            wanted = ("getval:image-block-device", "getval:image-block-devices")
+            device, devices = self._block_device(appliance, _STEPS[1], "init", "create", *wanted, "writefstab")
+            self._facts = dataclasses.replace(self._facts, image_block_device=device, image_block_devices=devices)
         with self._step(_STEPS[2]):
             command = [f"{_GUEST_SCRIPTS}/tree.sh", "copy_tree", contract.BUILT, contract.TREE]
             result = appliance.run(command, _RUNNER_PATH, contract.GUEST)
@@ -276,10 +288,10 @@ class _Build:
         with self._step(_STEPS[3]):
             points = self._plan.layout.block_devices.mount_points.split("|")
             self._guest(appliance, "cleaning the image", "tree.sh", "clean", contract.TREE, *points)
-            self._block_device(appliance, "umount", "cleanup")
+            self._block_device(appliance, "unmounting the image", "umount", "cleanup")
 
-    def _block_device(self, appliance: Appliance, *commands: str) -> dict[str, str]:
-        """Run commands of dib-block-device in the appliance; return what its getvals printed."""
+    def _block_device(self, appliance: Appliance, doing: str, *commands: str) -> list[str]:
+        """Run commands of dib-block-device in the appliance; return what each of its getvals printed."""
         answers = f"{contract.BUILD_DIR}/answers.json"
         variables = contract.for_phase(self._facts, Phase.BLOCK_DEVICE)
         output = _Lines(self._monitor.output)
@@ -290,12 +302,9 @@ class _Build:
             on_output=output.feed,
         )
         if result.exit_status != 0:
-            raise ApplianceError(
-                f"making the image disk: {output.last}",
-                hint=f"is --size large enough for all partitions? {_where(self._monitor)}",
-            )
-        values: dict[str, str] = json.loads(appliance.read(answers))
-        return values
+            advice = "is --size large enough for all partitions? " if "create" in commands else ""
+            raise ApplianceError(f"{doing}: {output.last}", hint=advice + _where(self._monitor))
+        return _answers(appliance.read(answers), [command for command in commands if command.startswith("getval:")])
 
     # ---- outputs ----
 
@@ -332,7 +341,7 @@ class _PhaseScripts:
         elif event.name == "end" and len(words) == 3 and self._running:  # noqa: PLR2004 - NAME STATUS SECONDS
             name, begun = self._running
             self._running = None
-            status = int(words[1]) if words[1].isdigit() else 1
+            status = int(words[1]) if STATUS.fullmatch(words[1]) else 1
             result = ScriptResult(
                 phase=self._phase,
                 name=name,
@@ -340,7 +349,8 @@ class _PhaseScripts:
                 exit_status=status,
                 seconds=max(0.0, _seconds(words[2]) - begun),
             )
-            self.results.append(result)
+            if len(self.results) < _MOST_RESULTS or status != 0:
+                self.results = [*self.results[:_MOST_RESULTS], result]
             self._monitor.script_finished(result)
 
     def end(self, exit_status: int) -> None:
@@ -375,6 +385,28 @@ def _where(monitor: BuildMonitor) -> str:
     return f"all of its output is in '{monitor.log_path}' from line {monitor.line_number}"
 
 
+def _tree_size_kib(text: bytes, most_bytes: int) -> int:
+    """What the guest measured, if it can be."""
+    if re.fullmatch(rb"[0-9]{1,12}\n?", text) is None:
+        raise ApplianceError("measuring the tree: the guest gave no number")
+    size_kib = int(text)
+    if not 0 < size_kib * 1024 < max(most_bytes, staging.BUILD_DISK_BYTES):
+        raise ApplianceError(f"measuring the tree: {size_kib} KiB cannot be")
+    return size_kib
+
+
+def _answers(text: bytes, wanted: Sequence[str]) -> list[str]:
+    """The guest's answers to *wanted*, if they are what answers look like."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ApplianceError("reading the answers of dib-block-device: they are not JSON") from error
+    values = [found.get(key) for key in wanted] if isinstance(found, dict) else [None]
+    if not all(isinstance(value, str) and len(value) < _ANSWER_LIMIT and value.isprintable() for value in values):
+        raise ApplianceError("reading the answers of dib-block-device: they are not what was asked for")
+    return [str(value) for value in values]
+
+
 class _Lines:
     """Passes output on and remembers its last line that says something."""
 
@@ -399,64 +431,74 @@ class _Outputs:
         self._plan = plan
         self._workspace = workspace
         self._directory = plan.spec.output_dir
+        self._mark = workspace.name.rpartition("-")[2]
         self._partial: list[tuple[Path, Path, formats.DiskFormat | None]] = []
 
-    def add(self, appliance: Appliance) -> bool:
-        """Take over what the elements left in their working directory, the future ``NAME.d``."""
+    def add(self, appliance: Appliance) -> Sequence[str]:
+        """Take over what the elements left in their working directory, the future ``NAME.d``.
+
+        Returns the names that were left out: links, devices and the like.
+        """
         archive = self._workspace / "out.tar"
-        appliance.archive(contract.OUT, archive)
+        appliance.archive(contract.OUT, archive, limit_bytes=_OUT_LIMIT_BYTES)
         partial = self._new(f"{self._plan.spec.name}.d", None)
         partial.mkdir()
-        count = staging.copy_out(archive, partial, limit_bytes=_OUT_LIMIT_BYTES)
+        copied = staging.copy_out(archive, partial, limit_bytes=_OUT_LIMIT_BYTES)
         archive.unlink()
-        return count > 0
+        if copied.files == 0:
+            staging.remove_tree(partial)
+            self._partial.pop()
+        return copied.left_out
 
     def convert(self, output: formats.DiskFormat, disk: Path) -> None:
         """Write one format."""
         spec = self._plan.spec
-        partial = self._new(f"{spec.name}.{output.suffix}", output)
-        formats.write(output, disk, partial, compress=spec.compress, options=spec.qemu_img_options)
+        name = f"{spec.name}.{output.suffix}"
+        partial = self._new(name, output)
+        formats.write(output, disk, partial, name=name, compress=spec.compress, options=spec.qemu_img_options)
 
-    def publish(self, *, has_files: bool) -> tuple[Artifact, ...]:
-        """Give every file its name; what had that name before is replaced."""
-        artifacts = []
-        for partial, final, output in self._partial:
-            if output is None:
-                if final.is_dir() and not final.is_symlink():
-                    shutil.rmtree(final)
-                if not has_files:
-                    partial.rmdir()
-                    continue
-            os.replace(partial, final)
-            artifacts.append(_artifact(final, output))
-        self._partial.clear()
-        return tuple(artifacts)
+    def publish(self) -> tuple[Artifact, ...]:
+        """Give every file its name; what had that name before goes last, when all the new ones are in place."""
+        artifacts = tuple(_artifact(partial, final, output) for partial, final, output in self._partial)
+        replaced = []
+        with shielded():
+            for partial, final, output in self._partial:
+                if output is None and final.is_dir():
+                    aside = final.with_name(f".{final.name}.{self._mark}.old")
+                    final.rename(aside)
+                    replaced.append(aside)
+                partial.replace(final)
+            self._partial.clear()
+            for aside in replaced:
+                staging.remove_tree(aside)
+        return artifacts
 
     def discard(self) -> None:
         """Remove the partial files, and nothing else, unless the user wants to keep them."""
         if not self._plan.spec.delete_on_failure:
             return
-        for partial, _final, _output in self._partial:
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+        with shielded():
+            for partial, _final, _output in self._partial:
+                if partial.is_dir():
+                    staging.remove_tree(partial)
+                else:
+                    partial.unlink(missing_ok=True)
 
     def _new(self, name: str, output: formats.DiskFormat | None) -> Path:
-        partial = self._directory / f".{name}.{self._workspace.name.rpartition('-')[2]}.partial"
+        partial = self._directory / f".{name}.{self._mark}.partial"
         self._partial.append((partial, self._directory / name, output))
         return partial
 
 
-def _artifact(path: Path, output: formats.DiskFormat | None) -> Artifact:
+def _artifact(partial: Path, final: Path, output: formats.DiskFormat | None) -> Artifact:
     if output is None:
-        size = sum(entry.stat().st_blocks * 512 for entry in path.rglob("*") if entry.is_file())
-        return Artifact(path=path, format="directory", allocated_bytes=size)
+        size = sum(entry.stat().st_blocks * 512 for entry in partial.rglob("*") if entry.is_file())
+        return Artifact(path=final, format="directory", allocated_bytes=size)
     return Artifact(
-        path=path,
+        path=final,
         format=output.name,
-        allocated_bytes=path.stat().st_blocks * 512,
-        virtual_bytes=formats.virtual_size_bytes(path, output),
+        allocated_bytes=partial.stat().st_blocks * 512,
+        virtual_bytes=formats.virtual_size_bytes(partial, output),
     )
 
 

@@ -8,24 +8,21 @@ help; the words of the command line are read here, by the same table of options.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import enum
 import functools
 import os
 import platform
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
 from virt_dib import __version__, formats, kvm
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
+from virt_dib.interrupts import interrupts
 from virt_dib.monitor import BuildMonitor, coloured, printable, summary, wants_colour, write_out
 from virt_dib.report import BuildReport
 from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, check_label, parse_size
@@ -34,6 +31,7 @@ _T = TypeVar("_T")
 
 PROG = "virt-dib"
 KVM_VARIABLE = "VIRT_DIB_KVM"
+_VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
 _INSTALL_TYPES = ("source", "package")
 _DEFAULT_NAME = "image"
 _DEFAULT_FS_TYPE = "ext4"
@@ -42,7 +40,6 @@ _MAX_MEMORY_MIB = 1 << 24
 _MAX_CPUS = 255
 _MAX_DEBUG_LEVEL = 1000
 _RED = "31;1"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _USAGE = "virt-dib [options] ELEMENT..."
 _DESCRIPTION = """\
@@ -384,8 +381,18 @@ class _Values:
 
 def _spec(given: _Given, values: _Values, environ: Mapping[str, str], arguments: tuple[str, ...]) -> BuildSpec:
     output_dir, name = values.take(lambda: _name(given.name), (Path(), _DEFAULT_NAME))
-    fs_type = values.take(lambda: _choice("file system", given.fs_type, tuple(LABEL_LIMITS), _DEFAULT_FS_TYPE), "")
-    root_label = values.take(lambda: _label(given.root_label, fs_type), None)
+    nothing: dict[str, str] = {}
+    default_size: int | None = DEFAULT_SIZE_BYTES
+    variables = values.take(lambda: _variables(given.envvars, environ), nothing)
+
+    def asked(option: str | None, variable: str) -> str | None:
+        """The option, or where there is none the variable that means the same to diskimage-builder."""
+        return option if option is not None else variables.get(variable) or None
+
+    asked_fs_type = asked(given.fs_type, "FS_TYPE")
+    fs_type = values.take(lambda: _choice("file system", asked_fs_type, tuple(LABEL_LIMITS), _DEFAULT_FS_TYPE), "")
+    root_label = values.take(lambda: _label(asked(given.root_label, "ROOT_LABEL"), fs_type), None)
+    debug = asked(given.debug, "DIB_DEBUG_TRACE")
     return BuildSpec(
         name=name,
         output_dir=output_dir,
@@ -393,10 +400,10 @@ def _spec(given: _Given, values: _Values, environ: Mapping[str, str], arguments:
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
         dib_library=values.take(lambda: _path("-B", given.dib_library), None),
         formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
-        size_bytes=values.take(lambda: _size(given.size), _size(None)),
-        arch=values.take(lambda: _arch(given.arch), host_arch()),
-        variables=values.take(lambda: _variables(given.envvars, environ), {}),
-        debug_level=values.take(lambda: _number("debug level", given.debug, 0, _MAX_DEBUG_LEVEL), None) or 0,
+        size_bytes=values.take(lambda: _size(given.size, variables), default_size),
+        arch=values.take(lambda: _arch(asked(given.arch, "ARCH")), host_arch()),
+        variables=variables,
+        debug_level=values.take(lambda: _number("debug level", debug, 0, _MAX_DEBUG_LEVEL), None) or 0,
         memory_mib=values.take(
             lambda: _number("memory size in MB", given.memory, _MIN_MEMORY_MIB, _MAX_MEMORY_MIB), None
         ),
@@ -483,6 +490,8 @@ def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
             f"cannot use '{name}' as the name of a variable in --envvar",
             hint="give NAME or NAME=VALUE, the name of letters, digits and underscores, no digit first",
         )
+    if name in _VARIABLES_OF_BASH:
+        raise UsageError(f"cannot set the variable '{name}' for elements: it is bash's own and read-only")
     if "\0" in value:
         raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")
     return name, value if equals else environ.get(name)
@@ -494,8 +503,11 @@ def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
     return kvm.wanted_from_environment(environ)
 
 
-def _size(text: str | None) -> int | None:
-    return DEFAULT_SIZE_BYTES if text is None else parse_size(text)
+def _size(text: str | None, variables: Mapping[str, str]) -> int | None:
+    if text is not None:
+        return parse_size(text)
+    # DIB has a rule of its own for a size in DIB_IMAGE_SIZE: that of an automatic one.
+    return None if variables.get("DIB_IMAGE_SIZE") else DEFAULT_SIZE_BYTES
 
 
 def _label(text: str | None, fs_type: str) -> str | None:
@@ -591,30 +603,6 @@ def _complain(prog: str, kind: str, text: str, colour: str | None) -> None:
     if colour and wants_colour(sys.stderr):
         line = coloured(line, colour)
     write_out(sys.stderr, line + "\n")
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[None]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP into :class:`Interrupted`; later ones do not disturb the undoing.
-
-    Signals that were ignored, as nohup does with SIGHUP, stay so. Does nothing outside the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = False
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        if not came:
-            came = True
-            raise Interrupted
-
-    with contextlib.ExitStack() as restored:
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                restored.callback(signal.signal, number, signal.signal(number, stop))
-        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:

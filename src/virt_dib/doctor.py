@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from virt_dib import cli, prerequisites, supermin
+from virt_dib.interrupts import interrupts
 from virt_dib.monitor import coloured, printable, wants_colour, write_out
 from virt_dib.prerequisites import Check, Host
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.parse_args(argv)
 
     def examine() -> int:
-        with cli.interrupts():
+        with interrupts():
             results = prerequisites.checks(Host.here(), cache=supermin.cache_dir())
         write_out(sys.stdout, table(results, colour=wants_colour(sys.stdout)))
         return 1 if any(check.required and not check.ok for check in results) else 0

@@ -25,7 +25,7 @@ OUT = f"{GUEST}/out"
 SITE = f"{GUEST}/site"
 PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
 
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PYTHON = "/usr/bin/python3"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -99,7 +99,7 @@ def _home(_facts: Facts, phase: Phase) -> str:
 
 def _path(_facts: Facts, phase: Phase) -> str:
     # DIB quotes the dollar, so that its shell does not put the host's PATH there (contract section 1.4).
-    return f"$PATH:{_SYSTEM_PATH}" if phase.where is Where.CHROOT else _SYSTEM_PATH
+    return f"$PATH:{SYSTEM_PATH}" if phase.where is Where.CHROOT else SYSTEM_PATH
 
 
 _TABLE: tuple[_Variable, ...] = (
@@ -147,6 +147,8 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("DIB_IMAGE_SIZE", _image_size),
     _Variable("IMAGE_BLOCK_DEVICE", _since_pre_finalise(lambda facts: facts.image_block_device)),
     _Variable("IMAGE_BLOCK_DEVICES", _since_pre_finalise(lambda facts: facts.image_block_devices)),
+    # The manual wants dib-manifests in NAME.d, which is the working directory of the phases outside.
+    _Variable("DIB_MANIFEST_SAVE_DIR", _always(OUT), user_wins=True),
     _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
     _Variable("COMPRESS_IMAGE", lambda facts, _: None if facts.spec.compress else ""),
 )
@@ -181,6 +183,10 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
             variables[variable.name] = value
         elif variable.name not in facts.spec.variables:
             variables.pop(variable.name, None)
+    if phase.where is Where.CHROOT:
+        # They name places outside (DIB's run_in_target).
+        variables.pop("TMPDIR", None)
+        variables.pop("VIRTUAL_ENV", None)
     return variables
 
 

@@ -6,15 +6,17 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib import tools
-from virt_dib.errors import UsageError
+from virt_dib.errors import ToolError, UsageError
 
 _MOST_COROUTINES = 16
 """What qemu-img takes for ``-m``."""
+_FILE_OF_ITS_OWN = re.compile(r"(?:^|,)data_file=")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +59,49 @@ def select(names: Sequence[str]) -> tuple[DiskFormat, ...]:
     return tuple(_FORMATS[name] for name in dict.fromkeys(names))
 
 
-def write(output: DiskFormat, disk: Path, target: Path, *, compress: bool, options: str) -> None:
+def check_options(outputs: Sequence[DiskFormat], options: str, scratch: Path) -> None:
+    """Have qemu-img make an empty image with *options* at *scratch*, which must not exist, and remove it.
+
+    Nothing is tried where there is no qemu-img, which a build does not start without, or where the options
+    name a data file: the trial would overwrite it.
+
+    Raises:
+        UsageError: qemu-img does not take the options for one of *outputs*.
+        ToolError: there is no space for the trial.
+    """
+    qemu_img = tools.find("qemu-img")
+    if not options or qemu_img is None or _FILE_OF_ITS_OWN.search(options):
+        return
+    for output in outputs:
+        if not output.takes_options:
+            continue
+        result = tools.run(
+            [qemu_img, "create", "-q", "-f", output.qemu_name, "-o", options, scratch, "1M"],
+            doing="trying --qemu-img-options",
+            check=False,
+        )
+        # Asked for help, it succeeds and makes nothing.
+        made = scratch.exists()
+        scratch.unlink(missing_ok=True)
+        if result.exit_status != 0 or not made:
+            if _is_full(result.stderr):
+                raise ToolError(
+                    f"trying --qemu-img-options in '{scratch.parent}': no space left",
+                    hint="set TMPDIR to a directory with more room, or make some there",
+                )
+            said = result.stderr.strip().splitlines() or ["it makes no image with them"]
+            reason = said[0].removeprefix("qemu-img: ").removeprefix(f"{scratch}: ")
+            raise UsageError(
+                f"cannot use '{options}' as --qemu-img-options for {output.name}: {reason}",
+                hint=f"what there is: qemu-img create -f {output.qemu_name} -o help",
+            )
+
+
+def write(output: DiskFormat, disk: Path, target: Path, *, name: str, compress: bool, options: str) -> None:
     """Convert the raw *disk* to *target*, which must not exist yet.
 
-    *options* is the user's ``--qemu-img-options``; they are for formats that have any.
+    *name* is what messages call it. *options* is the user's ``--qemu-img-options``; they are for formats that
+    have any.
 
     Raises:
         ToolError: qemu-img failed.
@@ -69,10 +110,19 @@ def write(output: DiskFormat, disk: Path, target: Path, *, compress: bool, optio
     coroutines = min(_MOST_COROUTINES, max(1, 2 * (os.cpu_count() or 1)))
     command = [str(qemu_img), "convert", "-q", "-m", str(coroutines), "-f", "raw", "-O", output.qemu_name]
     if output.compresses and compress:
-        command += ["-c"]
+        # Compressed clusters in any order: the coroutines do not wait for each other.
+        command += ["-c", "-W"]
     if options and output.takes_options:
         command += ["-o", options]
-    tools.run([*command, disk, target], doing=f"writing '{target.name}'")
+    try:
+        tools.run([*command, disk, target], doing=f"writing '{name}'")
+    except ToolError as error:
+        hint = f"make room in '{target.parent}', or build into another directory: --name DIRECTORY/NAME"
+        raise ToolError(str(error), hint=hint if _is_full(str(error)) else None) from error
+
+
+def _is_full(said: str) -> bool:
+    return "No space left" in said or "Disk quota exceeded" in said
 
 
 def virtual_size_bytes(image: Path, output: DiskFormat) -> int:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,13 +20,12 @@ from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
 from virt_dib.environment import BlockDevices
 from virt_dib.errors import ToolError, UsageError
-from virt_dib.spec import BuildSpec
+from virt_dib.spec import LARGEST_DISK_BYTES, BuildSpec
 
-_MIB = 1024
-"""In KiB, the unit of this module's sizes."""
+_KIB_PER_MIB = 1024
 _IMAGE_STEP_KIB = 64
 _DEFAULT_JOURNAL_MIB = 64
-_EFI_EXTRA_KIB = 525 * _MIB
+_EFI_EXTRA_KIB = 525 * _KIB_PER_MIB
 _TREE_SHARE = 0.6
 _SLICE_BYTES = 1 << 41
 """Room on the image disk for an image whose size is not known yet."""
@@ -76,6 +77,9 @@ class Layout:
     """The parameters of dib-block-device in the guest (contract section 3.2), sizes and mkfs options aside."""
     block_devices: BlockDevices
     images: Sequence[Image]
+    """The one that becomes the output first."""
+    discarded: tuple[str, ...]
+    """Names of the other images: built, as the elements may want it, but thrown away, as DIB does."""
     disk_bytes: int
     """Length of the image disk, nearly all of it a hole."""
 
@@ -90,10 +94,11 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
 
     Raises:
         UsageError: the configuration cannot be read, or DIB refuses it.
+        ToolError: dib-block-device does not run.
     """
     config = _choose_config(spec, elements)
     scratch.mkdir()
-    (scratch / "config.yaml").write_text(config)
+    (scratch / "config.yaml").write_text(config, encoding="utf-8")
     params = {
         "config": str(scratch / "config.yaml"),
         "image-dir": str(scratch),
@@ -116,6 +121,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         params=guest_params,
         block_devices=BlockDevices(**{name: answers[key] for name, key in _ANSWERS.items()}),
         images=images,
+        discarded=tuple(image.name for image in images[1:]),
         disk_bytes=max(image.offset_bytes + (image.size_bytes or _slice_bytes(spec)) for image in images),
     )
 
@@ -129,15 +135,15 @@ def image_size_kib(spec: BuildSpec, elements: Sequence[Element], root_fstype: st
     if spec.size_bytes is not None:
         return spec.size_bytes // 1024
     wanted = _number(spec, "DIB_IMAGE_SIZE")
-    extra = _number(spec, "DIB_IMAGE_EXTRA_SIZE")
+    extra = _number(spec, "DIB_IMAGE_EXTRA_SIZE", zero=True)
     if wanted is not None:
-        size_kib = int(wanted * _MIB * _MIB)
+        size_kib = int(wanted * _KIB_PER_MIB * _KIB_PER_MIB)
     elif extra is not None:
-        size_kib = tree_kib + int(extra * _MIB)
+        size_kib = tree_kib + int(extra * _KIB_PER_MIB)
     else:
         size_kib = int(tree_kib / _TREE_SHARE)
     if wanted is None and root_fstype == "ext4":
-        size_kib += journal_mib(spec) * _MIB
+        size_kib += journal_mib(spec) * _KIB_PER_MIB
     if any("block-device-efi" in element.name for element in elements):
         size_kib += _EFI_EXTRA_KIB
     return -(-size_kib // _IMAGE_STEP_KIB) * _IMAGE_STEP_KIB
@@ -157,8 +163,16 @@ def mkfs_options(spec: BuildSpec, root_fstype: str) -> str:
 
 def journal_mib(spec: BuildSpec) -> int:
     """Size of the journal of an ext4 root, ``DIB_JOURNAL_SIZE`` or DIB's default."""
-    journal = _number(spec, "DIB_JOURNAL_SIZE")
-    return _DEFAULT_JOURNAL_MIB if journal is None else int(journal)
+    text = spec.variables.get("DIB_JOURNAL_SIZE", "")
+    if not text:
+        return _DEFAULT_JOURNAL_MIB
+    # To bash and mke2fs, which get it from DIB, a leading 0 means octal; a fraction they refuse.
+    if not _WHOLE_NUMBER.fullmatch(text):
+        raise UsageError(
+            f"cannot use '{text}' as DIB_JOURNAL_SIZE",
+            hint="--envvar DIB_JOURNAL_SIZE=N wants a whole number of MiB greater than 0",
+        )
+    return int(text)
 
 
 def params_text(layout: Layout, *, size_kib: int | None = None, options: str = "") -> str:
@@ -176,30 +190,45 @@ def _choose_config(spec: BuildSpec, elements: Sequence[Element]) -> str:
     given = spec.variables.get("DIB_BLOCK_DEVICE_CONFIG", "")
     if given.startswith("file://"):
         path = Path(given.removeprefix("file://"))
-        try:
-            return path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise UsageError(
-                f"reading the block device configuration '{path}': {reason}",
-                hint="check DIB_BLOCK_DEVICE_CONFIG: file:// and an absolute path",
-            ) from error
+        return _read(path, hint="check DIB_BLOCK_DEVICE_CONFIG: file:// and an absolute path to text in UTF-8")
     if given:
+        if not _is_utf8(given):
+            raise UsageError(
+                "reading the block device configuration in DIB_BLOCK_DEVICE_CONFIG: it is not UTF-8",
+                hint="write it in UTF-8, or give file:// and the path of a file that is",
+            )
         return given
     arch = "ppc64el" if spec.arch in ("ppc64le", "ppc64el") else spec.arch
     for element in elements:
         for name in (f"block-device-{arch}.yaml", "block-device-default.yaml"):
             path = element.path / name
-            if path.is_file():
-                return path.read_text()
+            if os.path.isfile(path):
+                return _read(path, hint=f"make it readable, and text in UTF-8, or leave out '{element.name}'")
     return _FALLBACK
+
+
+def _read(path: Path, *, hint: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"reading the block device configuration '{path}': {reason}", hint=hint) from error
+
+
+def _is_utf8(text: str) -> bool:
+    """Not so where the bytes of an argument could not be decoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _ask(
     params: Mapping[str, Any], commands: Sequence[str], spec: BuildSpec, dib: DibInstallation, scratch: Path
 ) -> Mapping[str, str]:
     params_path, answers_path = scratch / "params.yaml", scratch / "answers.json"
-    params_path.write_text(yaml.safe_dump(dict(params)))
+    params_path.write_text(yaml.safe_dump(dict(params)), encoding="utf-8")
     variables = {"DIB_BLOCK_DEVICE_PARAMS_YAML": str(params_path), "PATH": "/usr/bin:/bin"}
     variables["PYTHONPATH"] = str(dib.package_dir.parent)
     if "DIB_BLOCK_SIZE" in spec.variables:
@@ -214,6 +243,11 @@ def _ask(
         said = result.stderr.strip().splitlines() or ["no reason given"]
         if "ModuleNotFoundError" in said[-1]:
             raise ToolError(f"running dib-block-device: {said[-1]}", hint="install diskimage-builder with pip")
+        if any("No space left" in line or "Disk quota" in line for line in said):
+            raise ToolError(
+                f"checking the block device configuration in '{scratch}': no space left",
+                hint="set TMPDIR to a directory with more room, or make some there",
+            )
         raise UsageError(
             f"diskimage-builder refuses the block device configuration: {said[-1]}",
             hint="check DIB_BLOCK_DEVICE_CONFIG, the block-device element, --root-label and --fs-type",
@@ -228,7 +262,7 @@ def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image,
     offset_bytes = 0
     loops = [node["local_loop"] for node in nodes if "local_loop" in node]
     for loop in sorted(loops, key=lambda loop: loop["name"] != OUTPUT_IMAGE):
-        size_bytes = _config_size(loop["size"]) if "size" in loop else None
+        size_bytes = config_size_bytes(loop["size"]) if "size" in loop else None
         images.append(
             Image(
                 name=loop["name"],
@@ -250,36 +284,44 @@ def _slice_bytes(spec: BuildSpec) -> int:
     return spec.size_bytes if spec.size_bytes is not None else _SLICE_BYTES
 
 
-_CONFIG_UNITS = (
-    ("TiB", 1024**4), ("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024),
-    ("TB", 1000**4), ("GB", 1000**3), ("MB", 1000**2), ("KB", 1000),
-    ("T", 1000**4), ("G", 1000**3), ("M", 1000**2), ("K", 1000), ("B", 1), ("", 1),
-)  # fmt: skip
+_CONFIG_SIZE = re.compile(r"(?P<number>[0-9.]*) ?(?P<unit>[a-zA-Z]*)")
+_CONFIG_UNITS = {
+    "TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024,
+    "TB": 1000**4, "GB": 1000**3, "MB": 1000**2, "KB": 1000,
+    "T": 1000**4, "G": 1000**3, "M": 1000**2, "K": 1000, "B": 1, "": 1,
+}  # fmt: skip
 """DIB's own units (diskimage_builder/block_device/utils.py): G is decimal there."""
+_NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+"""What awk, which DIB reckons sizes with, takes for a number as a whole."""
+_WHOLE_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
-def _config_size(value: object) -> int:
-    text = str(value).strip()
-    for unit, factor in _CONFIG_UNITS:
-        if text.endswith(unit):
-            try:
-                return int(float(text.removesuffix(unit).strip() or "1") * factor) if unit else int(float(text))
-            except ValueError:
-                break
+def config_size_bytes(value: object) -> int:
+    """Bytes for a size as DIB reads it: ``10GiB``, ``5 G``, and ``GiB`` for one of them."""
+    text = str(value)
+    match = _CONFIG_SIZE.fullmatch(text)
+    if match is not None and match["unit"] in _CONFIG_UNITS:
+        try:
+            size_bytes = int(_CONFIG_UNITS[match["unit"]] * float(match["number"] or "1"))
+        except (ValueError, OverflowError):
+            size_bytes = 0
+        if 0 < size_bytes <= LARGEST_DISK_BYTES:
+            return size_bytes
     raise UsageError(
         f"cannot use '{text}' as the size of a local_loop in the block device configuration",
-        hint="give a number and a unit, such as 10GiB",
+        hint="give a number greater than 0 and a unit, such as 10GiB",
     )
 
 
-def _number(spec: BuildSpec, name: str) -> float | None:
-    text = spec.variables.get(name, "")
+def _number(spec: BuildSpec, name: str, *, zero: bool = False) -> float | None:
+    """The variable *name*, None where it is unset or empty; *zero* says whether it may be 0."""
+    text = spec.variables.get(name, "").strip(" \t")
     if not text:
         return None
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise UsageError(f"cannot use '{text}' as {name}", hint=f"--envvar {name}=N wants a number greater than 0")
+    number = float(text) if _NUMBER.fullmatch(text) else -1.0
+    if not 0 <= number <= LARGEST_DISK_BYTES or (number == 0 and not zero):
+        raise UsageError(
+            f"cannot use '{text}' as {name}",
+            hint=f"--envvar {name}=N wants a number {'of at least' if zero else 'greater than'} 0",
+        )
     return number

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +21,7 @@ from virt_dib.formats import DiskFormat
 from virt_dib.hooks import HookTree
 from virt_dib.layout import Layout
 from virt_dib.spec import BuildSpec, check_label
-from virt_dib.staging import Staging, wanted_host_files
+from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
 
@@ -54,10 +57,17 @@ def make_plan(
     Raises:
         VirtDibError: all that is wrong, *problems* that were found before first.
     """
-    found = _Findings(problems)
+    environ = dict(os.environ if host_environment is None else host_environment)
+    with _room(workspace):
+        return _decide(spec, workspace, _Findings(problems), environ)
+
+
+def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> BuildPlan:
     found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
+    found.tell(lambda: _check_places(spec, outputs or ()))
+    found.tell(lambda: formats.check_options(outputs or (), spec.qemu_img_options, workspace / "options.img"))
     installation = found.tell(lambda: dib.find_installation(spec.dib_library))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
     chosen = found.tell(lambda: _choose(spec, search_path)) if installation else None
@@ -71,15 +81,16 @@ def make_plan(
         # The numbers in variables are looked at now, not after an hour.
         found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0))
         found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype))
+    home = Path(environ["HOME"]) if environ.get("HOME") else None
+    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, home))
     found.stop()
-    if tree is None or disk is None:
+    if tree is None or disk is None or host_files is None:
         raise AssertionError
-    environ = dict(os.environ if host_environment is None else host_environment)
     _fill(staging, installation, disk)
     places = staging.add_elements(chosen, search_path)
-    home = Path(environ["HOME"]) if environ.get("HOME") else None
-    for path, inside in wanted_host_files({**environ, **spec.variables}, chosen, home):
-        staging.add_host_file(path, inside)
+    for file in host_files:
+        found.tell(functools.partial(staging.add_host_file, file))
+    found.stop()
     return BuildPlan(
         spec=spec,
         dib=installation,
@@ -99,6 +110,53 @@ def make_plan(
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
         cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
     )
+
+
+@contextlib.contextmanager
+def _room(workspace: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in HOST_IS_FULL:
+            raise
+        raise no_room(workspace) from error
+
+
+def _check_places(spec: BuildSpec, outputs: Sequence[DiskFormat]) -> None:
+    """Refuse now what would keep the finished files from their names.
+
+    Raises:
+        UsageError: all that stands in their way.
+    """
+    directory = spec.output_dir
+    if not os.access(directory, os.W_OK | os.X_OK):
+        reason = "no right to write in it" if os.path.exists(directory) else "it does not exist"
+        raise UsageError(
+            f"cannot write the image in '{os.path.abspath(directory)}': {reason}",
+            hint="build in a directory you can write, or name another with --name DIRECTORY/NAME",
+        )
+    hint = "move it away, or give another --name"
+    names = [f"{spec.name}.log", *(f"{spec.name}.{output.suffix}" for output in outputs)]
+    problems = [
+        Problem(f"cannot write '{directory / name}': a directory is in its place", hint)
+        for name in names
+        if _type(directory / name) == stat.S_IFDIR
+    ]
+    files = directory / f"{spec.name}.d"
+    if _type(files) not in (None, stat.S_IFDIR):
+        problems.append(Problem(f"cannot write the directory '{files}': a file or link is in its place", hint))
+    if problems:
+        raise UsageError.of(problems)
+
+
+def _type(path: Path) -> int | None:
+    """The file type of st_mode, of a link itself, or None for nothing."""
+    try:
+        return stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot write '{path}': {error.strerror}", hint="give another --name") from error
 
 
 def _choose(spec: BuildSpec, search_path: Sequence[Path]) -> tuple[Element, ...]:

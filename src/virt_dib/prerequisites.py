@@ -65,8 +65,10 @@ _REQUIRED_TOOLS = (
     _Tool("qemu-img", "write the image", "qemu-utils", "qemu-img"),
     _Tool("mke2fs", "make the build disk", "e2fsprogs", "e2fsprogs"),
     _Tool("python3", "run diskimage-builder in the appliance", "python3", "python3"),
+    _Tool("dmsetup", "lay out the image disk", "dmsetup", "device-mapper"),
+    _Tool("gawk", "run the scripts of diskimage-builder", "gawk", "gawk"),
 )
-"""Besides qemu, whose name depends on the processor."""
+"""Besides qemu, whose name depends on the processor. The appliance takes the last three from this host."""
 
 _QEMU_PACKAGES = {
     "x86_64": ("qemu-system-x86", "qemu-system-x86-core"),
@@ -79,12 +81,10 @@ _ELEMENT_TOOLS = (
     _Tool("mmdebstrap", "make Debian trees (debian-minimal)", "mmdebstrap", "mmdebstrap"),
     _Tool("gpgv", "verify what is downloaded", "gpgv", "gnupg2"),
     _Tool("perl", "run scripts of elements and bootstrap tools", "perl", "perl-interpreter"),
-    _Tool("awk", "run scripts of elements", "gawk", "gawk"),
     _Tool("git", "fetch sources (source-repositories)", "git", "git-core"),
     _Tool("curl", "fetch files and images (cache-url)", "curl", "curl"),
     _Tool("sgdisk", "partition with GPT", "gdisk", "gdisk"),
     _Tool("kpartx", "reach partitions", "kpartx", "kpartx"),
-    _Tool("dmsetup", "lay out the image disk", "dmsetup", "device-mapper"),
     _Tool("mkfs.vfat", "make EFI system partitions", "dosfstools", "dosfstools"),
     _Tool("mkfs.xfs", "make XFS file systems", "xfsprogs", "xfsprogs"),
     _Tool("lvm", "make logical volumes", "lvm2", "lvm2"),
@@ -291,6 +291,8 @@ def _dib() -> Check:
     name = "diskimage-builder"
     try:
         installation = dib.find_installation(None)
+        # What is asked for in the guest, no build works without.
+        dib.guest_modules(installation)
     except VirtDibError as error:
         (problem, *_) = error.problems
         return Check(name=name, ok=False, detail=problem.message, hint=problem.hint)

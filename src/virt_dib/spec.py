@@ -54,7 +54,7 @@ DISK_PHASES = (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLE
 """The phases that make the image disk from it."""
 
 LABEL_LIMITS = {"ext2": 16, "ext3": 16, "ext4": 16, "xfs": 12, "vfat": 11, "btrfs": 255}
-"""Longest label in characters (diskimage_builder/block_device/level2/mkfs.py; btrfs from its manual)."""
+"""Longest label in bytes (diskimage_builder/block_device/level2/mkfs.py; btrfs from its manual)."""
 
 DEFAULT_SIZE_BYTES = 5 * 1024**3
 """``--size`` when it is not given (manual, option --size)."""
@@ -103,7 +103,10 @@ class BuildSpec:
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[bkKMGTPE]?)(?:i?B)?")
 _UNITS = {"b": 1, "k": 1024, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5, "E": 1024**6}
-_LARGEST_DISK_BYTES = 2**60
+LARGEST_DISK_BYTES = 2**60
+_LABEL = re.compile(r"""[!-~]+""")
+_NOT_IN_LABELS = frozenset("/'\"`\\,")
+"""They would end or change the label in fstab, in bootloaders' files, in device paths."""
 
 
 def parse_size(text: str) -> int | None:
@@ -123,8 +126,8 @@ def parse_size(text: str) -> int | None:
             f"cannot use '{text}' as the size of the image",
             hint="give a number and a unit, such as 5G, 512M or 10737418240b, or 'auto'",
         )
-    size_bytes = int(min(float(match["number"]), _LARGEST_DISK_BYTES + 1) * _UNITS[match["unit"]])
-    if not 0 < size_bytes <= _LARGEST_DISK_BYTES:
+    size_bytes = int(min(float(match["number"]), LARGEST_DISK_BYTES + 1) * _UNITS[match["unit"]])
+    if not 0 < size_bytes <= LARGEST_DISK_BYTES:
         raise UsageError(
             f"cannot use '{text}' as the size of the image: it must be more than 0 and at most 1024P",
             hint="give a size such as 5G",
@@ -134,14 +137,21 @@ def parse_size(text: str) -> int | None:
 
 
 def check_label(label: str, fs_type: str) -> None:
-    """Refuse a root label that *fs_type* cannot hold.
+    """Refuse a root label that *fs_type* cannot hold, or that fstab and bootloaders would not take as it is.
 
     Raises:
-        UsageError: the label is empty or too long.
+        UsageError: the label is empty, too long, or has characters that do not belong in one.
     """
     limit = LABEL_LIMITS.get(fs_type)
     if not label:
         raise UsageError("cannot use an empty root label", hint="leave out --root-label for the default one")
+    if label.startswith("-") or not _LABEL.fullmatch(label) or not _NOT_IN_LABELS.isdisjoint(label):
+        raise UsageError(
+            f"cannot use '{label}' as the root label",
+            hint="give a --root-label of printable ASCII characters without blanks, quotes, '/', '\\' and ',', "
+            "that does not begin with '-'",
+        )
+    # Only ASCII is left: a character is a byte.
     if limit is not None and len(label) > limit:
         raise UsageError(
             f"root label '{label}' is too long for {fs_type}: {len(label)} characters, {limit} at most",

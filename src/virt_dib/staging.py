@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fnmatch
 import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from virt_dib import layout, tools
 from virt_dib.elements import Element
-from virt_dib.errors import ApplianceError, ElementError, ToolError
+from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError
 
 BUILD_DISK_BYTES = 128 * 1024**3
 """Length of the build disk; it takes what is written to it."""
@@ -38,6 +43,41 @@ ELEMENT_HOME_FILES = {
 }
 """Files of the user's home that an element is there to copy (contract section 4.2)."""
 ELEMENT_HOST_FILES = {"openstack-ci-mirrors": ("/etc/ci/mirror_info.sh",)}
+
+HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM_HINT = "set TMPDIR to a directory with more room, or make some there"
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_NOT_TO_COPY = ("/dev/", "/proc/", "/sys/")
+"""Where directories of the host are that no element can have meant: the guest has its own."""
+_HOST_ERRORS = (*HOST_IS_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+"""What a file system of the host refuses, whatever the archive holds."""
+MOST_MEMBERS = 100_000
+"""Files, directories and links that are taken over from the guest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostFile:
+    """A file or directory of the host that the elements are to see."""
+
+    source: Path
+    inside: str
+    """Its path in the guest."""
+    wanted_by: str
+    """For messages: ``variable 'X'`` or ``element 'x'``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CopiedOut:
+    """What ``copy_out`` did."""
+
+    files: int
+    left_out: tuple[str, ...]
+    """Names of links, devices and the like, as the guest wrote them."""
+
+
+def no_room(directory: Path) -> ToolError:
+    """The error for a full file system under the files of a build."""
+    return ToolError(f"gathering the files of the build in '{directory}': no space left", hint=_NO_ROOM_HINT)
 
 
 class Staging:
@@ -68,12 +108,9 @@ class Staging:
         Without byte code the first import of DIB's modules takes many seconds in an emulated guest.
         """
         site = self.directory / "site"
-        ignore = shutil.ignore_patterns("__pycache__", "tests", "elements", "*.so")
         for module in modules:
-            if module.is_dir():
-                shutil.copytree(module, site / module.name, ignore=ignore, symlinks=True)
-            else:
-                shutil.copyfile(module, site / module.name)
+            with self._copying(module, ToolError, "make it readable, or install diskimage-builder again"):
+                self._copy(module, site / module.name, leave_out=("__pycache__", "tests", "elements", "*.so"))
         tools.run(
             [compiled_by, "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", site],
             doing="compiling DIB's Python modules",
@@ -95,7 +132,7 @@ class Staging:
                 real = Path(os.path.realpath(entry))
                 if not real.is_dir() or (real.name not in names and entry.name not in names):
                     continue
-                _copy_tree(real, top / entry.name)
+                self._copy_element(real, top / entry.name)
                 if chosen.get(real) and entry.name == real.name:
                     places[real.name] = f"/dib/elements/{number}/{entry.name}"
         for element in elements:
@@ -103,27 +140,22 @@ class Staging:
                 # Found only through a link of another name.
                 extra = self.directory / "elements" / "linked" / element.name
                 extra.parent.mkdir(exist_ok=True)
-                _copy_tree(element.path, extra)
+                self._copy_element(element.path, extra)
                 places[element.name] = f"/dib/elements/linked/{element.name}"
         return {element.name: places[element.name] for element in elements}
 
-    def add_host_file(self, path: Path, guest_path: str | None = None) -> None:
-        """Put in a file or directory of the host, to be seen read-only at the same path."""
-        inside = guest_path or str(path)
-        if inside in self._host_files:
-            return
-        target = self.directory / "host-files" / inside.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if path.is_dir():
-                _copy_tree(path, target)
-            elif path.is_file():
-                shutil.copy2(path, target)
-        except OSError as error:
-            raise ToolError(
-                f"copying '{path}' for the elements: {error.strerror}", hint="make it readable, or unset the variable"
-            ) from error
-        self._host_files.append(inside)
+    def add_host_file(self, file: HostFile) -> None:
+        """Put in a file or directory of the host, to be seen read-only in the guest.
+
+        Raises:
+            ToolError: it cannot be read, or there is no space.
+        """
+        hint = f"make it readable for this user; {file.wanted_by} names it"
+        with self._copying(file.source, ToolError, hint):
+            target = self.directory / "host-files" / file.inside.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._copy(file.source, target)
+            self._host_files.append(file.inside)
 
     def write(self, name: str, text: str) -> None:
         """Write the file *name*, relative to the top."""
@@ -140,87 +172,277 @@ class Staging:
         with disk.open("xb") as stream:
             stream.truncate(BUILD_DISK_BYTES)
         # Scratch: no journal and no checksums to compute in an emulated guest.
-        tools.run(
+        try:
+            tools.run(
             [mke2fs, "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^metadata_csum,uninit_bg",
              "-E", "lazy_itable_init=1,root_owner=0:0,nodiscard", "-d", self.directory, disk],
-            doing="making the build disk",
-        )  # fmt: skip
-        shutil.rmtree(self.directory)
+                doing="making the build disk",
+            )  # fmt: skip
+        except ToolError as error:
+            full = "No space left" in str(error)
+            raise ToolError(str(error), hint=_NO_ROOM_HINT if full else None) from error
+        remove_tree(self.directory)
+
+    def _copy_element(self, source: Path, target: Path) -> None:
+        with self._copying(source, ElementError, "make all of it readable"):
+            self._copy(source, target)
+
+    @contextlib.contextmanager
+    def _copying(self, source: Path, kind: type[VirtDibError], hint: str) -> Iterator[None]:
+        """Tell what fails as an error of *kind* that names the file."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in HOST_IS_FULL:
+                raise no_room(self.directory) from error
+            # The files of the copy are ours: what is refused is the source.
+            file = error.filename or source
+            raise kind(f"copying '{os.fsdecode(file)}': {error.strerror or error}", hint=hint) from error
+
+    def _copy(self, source: Path, target: Path, *, leave_out: Sequence[str] = ()) -> None:
+        """Copy a file, or a directory without FIFOs, sockets, devices and names that match *leave_out*.
+
+        Links inside stay links. The owner may read every file and write in every directory of the copy: or
+        mke2fs could not read it, and nobody but root remove it.
+        """
+        if not source.is_dir():
+            _copy_file(source, target)
+            return
+        # A directory of the host may hold this one.
+        staging = self.directory.stat()
+        directories = [(source, target)]
+        for here, there in directories:
+            there.mkdir()
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    copy = there / entry.name
+                    if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in leave_out):
+                        continue
+                    if entry.is_symlink():
+                        copy.symlink_to(os.readlink(entry.path))
+                    elif entry.is_file():
+                        _copy_file(Path(entry.path), copy)
+                    elif entry.is_dir() and not os.path.samestat(entry.stat(), staging):
+                        directories.append((Path(entry.path), copy))
+        for here, there in reversed(directories):
+            _copy_attributes(here.stat(), there, also=stat.S_IRWXU)
 
 
 def wanted_host_files(
     variables: Mapping[str, str], elements: Sequence[Element], home: Path | None
-) -> list[tuple[Path, str]]:
-    """The host's files that variables and elements name and that exist: path here, path in the guest."""
-    wanted: list[tuple[Path, str]] = []
-    for name, value in variables.items():
-        if name in HOST_FILE_VARIABLES or name.startswith(HOST_FILE_VARIABLE_PREFIXES):
-            for word in [value, *value.split()]:
-                path = word.removeprefix("file://")
-                if os.path.isabs(path) and os.path.normpath(path) == path and os.path.exists(path):
-                    wanted.append((Path(path), path))
-    for element in elements:
-        named = [(Path(file), file) for file in ELEMENT_HOST_FILES.get(element.name, ())]
-        if home is not None:
-            named += [(home / file, f"/dib/home/{file}") for file in ELEMENT_HOME_FILES.get(element.name, ())]
-        wanted += [(path, inside) for path, inside in named if path.is_file()]
-    return list(dict.fromkeys(wanted))
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    try:
-        shutil.copytree(source, target, symlinks=True, ignore=_special_files)
-    except (OSError, shutil.Error) as error:
-        raise ElementError(f"copying '{source}': {error}", hint="make all of it readable") from error
-
-
-def _special_files(directory: str, names: list[str]) -> list[str]:
-    """FIFOs, sockets and devices: opening one could wait for ever."""
-    found = []
-    for name in names:
-        mode = os.lstat(os.path.join(directory, name)).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
-            found.append(name)
-    return found
-
-
-def copy_out(archive: Path, target: Path, *, limit_bytes: int) -> int:
-    """Unpack what the guest left: directories and plain files, nothing else, nothing outside *target*.
-
-    Returns the number of files. The guest is not trusted: a name that leaves *target* or a link ends
-    it, permissions are those of new files of the user, owners are not taken over.
+) -> tuple[HostFile, ...]:
+    """The host's files and directories that variables and elements name and that exist, none of them in another.
 
     Raises:
-        ApplianceError: the archive holds what does not belong in one, or more than *limit_bytes*.
+        UsageError: all that name the whole host or a directory of the kernel's, or what cannot be looked at.
     """
-    files = 0
-    left_bytes = limit_bytes
-    with tarfile.open(archive, "r:") as tar:
-        for member in tar:
-            parts = [part for part in PurePosixPath(member.name).parts if part != "."]
-            if not parts and member.isdir():
-                continue
-            if member.name.startswith("/") or ".." in parts or not parts:
-                raise ApplianceError(f"the guest left a file with the name {member.name!r}, which is not taken over")
-            path = target.joinpath(*parts)
-            if member.isdir():
-                path.mkdir(parents=True, exist_ok=True)
-            elif member.isreg():
-                left_bytes -= member.size
-                if left_bytes < 0:
-                    raise ApplianceError(
-                        f"the guest left more than {limit_bytes} bytes of files in its output directory"
-                    )
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write_member(tar, member, path)
-                files += 1
-    return files
+    problems: list[Problem] = []
+    kinds = {file: _kind(file, problems) for file in dict.fromkeys(_named(variables, elements, home))}
+    if problems:
+        raise UsageError.of(problems)
+    directories = {file.inside: file for file, kind in kinds.items() if kind == stat.S_IFDIR}
+    wanted: dict[str, HostFile] = {}
+    for file, kind in kinds.items():
+        if kind is not None:
+            for needed in _not_in_another(file, directories):
+                wanted.setdefault(needed.inside, needed)
+    return tuple(wanted.values())
 
 
-def _write_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    source = tar.extractfile(member)
-    if source is None:
+def _named(variables: Mapping[str, str], elements: Sequence[Element], home: Path | None) -> Iterator[HostFile]:
+    for name, value in variables.items():
+        if name in HOST_FILE_VARIABLES or name.startswith(HOST_FILE_VARIABLE_PREFIXES):
+            for word in dict.fromkeys([value, *value.split()]):
+                path = word.removeprefix("file://")
+                if os.path.isabs(path) and ".." not in path.split("/"):
+                    path = "/" + os.path.normpath(path).lstrip("/")
+                    yield HostFile(source=Path(path), inside=path, wanted_by=f"variable '{name}'")
+    for element in elements:
+        places = [(Path(file), file) for file in ELEMENT_HOST_FILES.get(element.name, ())]
+        if home is not None:
+            places += [(home / file, f"/dib/home/{file}") for file in ELEMENT_HOME_FILES.get(element.name, ())]
+        for source, inside in places:
+            yield HostFile(source=source, inside=inside, wanted_by=f"element '{element.name}'")
+
+
+def _kind(file: HostFile, problems: list[Problem]) -> int | None:
+    """S_IFREG or S_IFDIR, or None for what is not to be copied: nothing there, a device, a dangling link."""
+    try:
+        kind = stat.S_IFMT(file.source.stat().st_mode)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            hint = f"make it readable for this user; {file.wanted_by} names it"
+            problems.append(Problem(f"looking at '{file.source}': {error.strerror}", hint))
+        return None
+    real = os.path.realpath(file.source)
+    if kind == stat.S_IFDIR and (real == "/" or f"{real}/".startswith(_NOT_TO_COPY)):
+        hint = f"name the directory that is needed in {file.wanted_by}, or unset it"
+        problems.append(Problem(f"cannot show '{file.source}' of this host to the elements", hint))
+        return None
+    return kind if kind in (stat.S_IFREG, stat.S_IFDIR) else None
+
+
+def _not_in_another(file: HostFile, directories: Mapping[str, HostFile]) -> list[HostFile]:
+    """*file* itself or, when it is in one of *directories*, what it lacks there: the target of a link on the way."""
+    outer = next((str(parent) for parent in PurePosixPath(file.inside).parents if str(parent) in directories), None)
+    if outer is None:
+        return [file]
+    real = os.path.realpath(file.source)
+    if real == os.path.join(os.path.realpath(directories[outer].source), os.path.relpath(file.inside, outer)):
+        return []
+    target = HostFile(source=Path(real), inside=real, wanted_by=file.wanted_by)
+    # The link's copy leads to the same path in the guest, so that must be there too.
+    return [] if real == file.inside else _not_in_another(target, directories)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove the directory *path* as far as possible, directories that may not be written too.
+
+    Links are removed, not followed; what cannot be removed stays, and there may be nothing at all.
+    """
+    if os.path.islink(path) or not os.path.isdir(path):
         return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with source, os.fdopen(os.open(path, flags, 0o666), "wb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
+    directories = [path]
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            directory.chmod(stat.S_IRWXU)
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(Path(entry.path))
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+    for directory in reversed(directories):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file, with mode and times, without owner and extended attributes: those are the host's."""
+    shutil.copyfile(source, target)
+    _copy_attributes(source.stat(), target, also=stat.S_IRUSR)
+
+
+def _copy_attributes(status: os.stat_result, target: Path, *, also: int) -> None:
+    target.chmod(stat.S_IMODE(status.st_mode) | also)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+# ---- what comes back ----
+
+
+def copy_out(archive: Path, target: Path, *, limit_bytes: int) -> CopiedOut:
+    """Unpack what the guest left in the directory *target*: directories and plain files, never outside it.
+
+    The guest is not trusted. A name that leads out of *target* ends it, and so does a second file of the same
+    name; symbolic links, devices and FIFOs are left out; a hard link becomes a copy. Permissions are those of
+    new files of the user, owners are not taken over.
+
+    Raises:
+        ApplianceError: the archive holds what does not belong in one, is damaged, or holds more than
+            *limit_bytes* or ``MOST_MEMBERS``.
+        OSError: the host refuses to write, for want of space or rights.
+    """
+    unpacking = _Unpacking(target, limit_bytes)
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                unpacking.add(tar, member)
+            _check_end(archive, tar.offset)
+    except OSError as error:
+        if error.errno in _HOST_ERRORS:
+            raise
+        raise ApplianceError(
+            f"taking over what the guest left: {error.strerror or error}: {unpacking.name!r}",
+            hint="two files may have one name, or a file the name of a directory",
+        ) from error
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError, MemoryError) as error:
+        # All of what tarfile is known to raise for headers made up to hurt.
+        raise ApplianceError(
+            f"the archive that the guest left is damaged: {str(error) or type(error).__name__}"
+        ) from error
+    return CopiedOut(files=unpacking.files, left_out=tuple(unpacking.left_out))
+
+
+def _check_end(archive: Path, offset: int) -> None:
+    """Refuse an archive that ends without an end mark: the module takes a damaged header for one."""
+    with archive.open("rb") as stream:
+        stream.seek(offset)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ApplianceError(f"the archive that the guest left is damaged: no header at byte {offset}")
+
+
+class _Unpacking:
+    """The state of one ``copy_out``."""
+
+    def __init__(self, target: Path, limit_bytes: int) -> None:
+        self._target = target
+        self._limit_bytes = limit_bytes
+        self._left_bytes = limit_bytes
+        self._members = 0
+        self._made = {target}
+        self._sizes_bytes: dict[Path, int] = {}
+        """The files written."""
+        self.name = ""
+        """Of the member at work."""
+        self.left_out: list[str] = []
+
+    @property
+    def files(self) -> int:
+        return len(self._sizes_bytes)
+
+    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Take over one member."""
+        self.name = member.name
+        if member.size < 0 or member.offset_data < 0 or member.issparse():
+            raise ApplianceError(f"the archive that the guest left is damaged at {member.name!r}")
+        self._count()
+        path = self._path(member.name)
+        if member.isdir():
+            if path not in self._made:
+                self._make_parents(path)
+                self._make_directory(path)
+        elif member.isreg() and path != self._target:
+            source = tar.extractfile(member)
+            if source is not None:
+                with source:
+                    self._write(path, source, member.size)
+        elif member.islnk() and (original := self._path(member.linkname)) in self._sizes_bytes:
+            with original.open("rb") as earlier:
+                self._write(path, earlier, self._sizes_bytes[original])
+        else:
+            self.left_out.append(member.name)
+
+    def _path(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or ".." in parts:
+            raise ApplianceError(f"the guest left a file with the name {name!r}, which is not taken over")
+        return self._target.joinpath(*parts)
+
+    def _count(self) -> None:
+        self._members += 1
+        if self._members > MOST_MEMBERS:
+            raise ApplianceError(f"the guest left more than {MOST_MEMBERS} files in its output directory")
+
+    def _make_parents(self, path: Path) -> None:
+        missing = []
+        while (path := path.parent) not in self._made:
+            missing.append(path)
+        for directory in reversed(missing):
+            self._count()
+            self._make_directory(directory)
+
+    def _make_directory(self, path: Path) -> None:
+        path.mkdir()
+        self._made.add(path)
+
+    def _write(self, path: Path, source: IO[bytes], size_bytes: int) -> None:
+        self._left_bytes -= size_bytes
+        if self._left_bytes < 0:
+            raise ApplianceError(f"the guest left more than {self._limit_bytes} bytes of files in its output directory")
+        self._make_parents(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o666), "wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+        self._sizes_bytes[path] = size_bytes

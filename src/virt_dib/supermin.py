@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from virt_dib.errors import PrerequisiteError
+from virt_dib.errors import PrerequisiteError, UsageError
 
 PACKAGES = (
     # what DIB's own programs need
@@ -51,9 +51,31 @@ HOST_FILES = (
 
 
 def cache_dir() -> Path:
-    """Where virt-dib keeps what it can make again: the appliance, the KVM verdict."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "virt-dib"
+    """Where virt-dib keeps what it can make again: the appliance, the KVM verdict.
+
+    Raises:
+        PrerequisiteError: this user has no home directory, and XDG_CACHE_HOME is not set.
+        UsageError: the path has a colon in it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        directory = (Path(base) if base else Path.home() / ".cache") / "virt-dib"
+    except RuntimeError as error:
+        raise PrerequisiteError(
+            "looking for the cache directory: this user has no home directory, and HOME is not set",
+            hint="set XDG_CACHE_HOME to a directory that you can write",
+        ) from error
+    _check_path(directory)
+    return directory
+
+
+def _check_path(directory: Path) -> None:
+    """A colon would end the directory in libguestfs's path."""
+    if ":" in str(directory.absolute()):
+        raise UsageError(
+            f"cannot keep the appliance in '{directory}': there is a colon in the path",
+            hint="set XDG_CACHE_HOME to a directory without one",
+        )
 
 
 def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
@@ -61,18 +83,28 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
 
     Raises:
         PrerequisiteError: libguestfs has no ``supermin.d``, or the cache cannot be written.
+        UsageError: the path of the cache has a colon in it.
     """
-    system = next((Path(part, "supermin.d") for part in library_path if Path(part, "supermin.d").is_dir()), None)
+    _check_path(cache_dir)
+    places = [Path(part, "supermin.d") for part in library_path]
+    system = next((place for place in places if os.path.isdir(place)), None)
     if system is None:
         raise PrerequisiteError(
             f"no supermin.d in libguestfs's path '{':'.join(library_path)}'",
             hint="install libguestfs with its appliance: apt-get install libguestfs0 supermin",
         )
     texts = {"zz-virt-dib-packages": "\n".join(PACKAGES) + "\n", "zz-virt-dib-hostfiles": "\n".join(HOST_FILES) + "\n"}
-    directory = cache_dir / f"appliance-{_content_id(system, texts)}"
-    if (directory / "supermin.d").is_dir():
-        return directory
     try:
+        name = f"appliance-{_content_id(system, texts)}"
+    except OSError as error:
+        raise PrerequisiteError(
+            f"reading libguestfs's files in '{system}': {error.strerror}: '{error.filename}'",
+            hint="make them readable, or install libguestfs again",
+        ) from error
+    directory = cache_dir / name
+    try:
+        if (directory / "supermin.d").is_dir():
+            return directory
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache_dir) as made:
             inside = Path(made, "new", "supermin.d")
@@ -81,14 +113,16 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
                 (inside / entry.name).symlink_to(entry)
             for name, text in texts.items():
                 (inside / name).write_text(text)
-            with contextlib.suppress(FileExistsError, OSError):
+            # Another build may have made it meanwhile.
+            with contextlib.suppress(OSError):
                 os.rename(inside.parent, directory)
+        made_it = (directory / "supermin.d").is_dir()
     except OSError as error:
         raise PrerequisiteError(
-            f"cannot write the appliance's files in '{cache_dir}': {error.strerror}",
+            f"cannot keep the appliance's files in '{cache_dir}': {error.strerror}",
             hint="set XDG_CACHE_HOME to a directory that you can write",
         ) from error
-    if not (directory / "supermin.d").is_dir():
+    if not made_it:
         raise PrerequisiteError(f"cannot make '{directory}'", hint="remove what is in its place")
     return directory
 
@@ -97,12 +131,14 @@ def _content_id(system: Path, texts: dict[str, str]) -> str:
     digest = hashlib.sha256()
     for entry in sorted(system.iterdir()):
         state = entry.stat()
-        digest.update(f"{entry}:{state.st_size}:{state.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{entry}:{state.st_size}:{state.st_mtime_ns}\n"))
     for name, text in sorted(texts.items()):
         digest.update(f"{name}\n{text}".encode())
     # supermin itself sees when a package changes, but not when one of these files does.
     for pattern in HOST_FILES:
         for name in sorted(glob.glob(pattern)):
-            state = os.stat(name)
-            digest.update(f"{name}:{state.st_size}:{state.st_mtime_ns}\n".encode())
+            # A link to nothing, or a file removed just now: supermin passes over it too.
+            with contextlib.suppress(OSError):
+                state = os.stat(name)
+                digest.update(os.fsencode(f"{name}:{state.st_size}:{state.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]

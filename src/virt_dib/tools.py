@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib.errors import PrerequisiteError, ToolError
+from virt_dib.interrupts import shielded
 
 TOGETHER = subprocess.STDOUT
 """For ``started``: standard error goes where standard output goes."""
@@ -87,7 +88,8 @@ def started(
     try:
         yield process
     finally:
-        _stop(process)
+        with shielded():
+            _stop(process)
 
 
 def run(

@@ -9,7 +9,7 @@ set -eu
 file=$1
 name=dib-${file##*/}
 name=${name%.raw}
-mkdir -p "${file%/*}"
+mkdir -p "${file%/*}" /dib/build/mnt
 dmsetup create "$name" --table "0 $(($3 / 512)) linear /dev/disk/guestfs/image $(($2 / 512))"
 udevadm settle
 ln -s "/dev/mapper/$name" "$file"

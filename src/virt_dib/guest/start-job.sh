@@ -12,7 +12,11 @@ job=/sysroot$1
 token=$2
 
 if [[ -e /sysroot/jobs/reader ]]; then
-    kill "$(</sysroot/jobs/reader)" 2>/dev/null
+    reader=$(</sysroot/jobs/reader)
+    # Long ended in most cases; its number may be another process's now.
+    if [[ $(cat "/proc/$reader/comm" 2>/dev/null) == cat ]]; then
+        kill "$reader" 2>/dev/null
+    fi
     rm -f /sysroot/jobs/*.output
 fi
 : >"$job.output"

@@ -9,6 +9,7 @@ set -u
 keep=
 home=
 login=
+shell=
 user=root
 group=
 assignments=()
@@ -43,7 +44,7 @@ while [[ $# -gt 0 ]]; do
                     H) home=1 ;;
                     i) login=1 ;;
                     n | b | S | k | K | v) ;;
-                    s) set -- "$1" "${SHELL:-/bin/bash}" "${@:2}" ;;
+                    s) shell=1 ;;
                     u | g | p | C)
                         if [[ -z $letters ]]; then
                             [[ $# -gt 1 ]] || usage "option '-$letter' needs a value"
@@ -74,9 +75,9 @@ entry=$(getent passwd "${user#\#}") || usage "unknown user: $user"
 IFS=: read -r user_name _ user_id user_gid _ user_home user_shell <<<"$entry"
 
 if [[ $# -eq 0 ]]; then
-    [[ -n $login ]] || exit 0
+    [[ -n $login || -n $shell ]] || exit 0
     set -- "${user_shell:-/bin/sh}"
-elif [[ -n $login ]]; then
+elif [[ -n $login || -n $shell ]]; then
     set -- "${user_shell:-/bin/sh}" -c '"$@"' sh "$@"
 fi
 [[ -z $login ]] || cd "$user_home" 2>/dev/null || cd /

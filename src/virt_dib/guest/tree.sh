@@ -5,6 +5,7 @@
 # The steps stand in the order in which a build takes them.
 
 set -eu
+set -o pipefail
 
 # Mount the kernel's file systems in the tree (DIB's mount_proc_dev_sys).
 mount_kernel() {
@@ -63,7 +64,6 @@ set_aside() {
     sync
     unmount_below "$root"
     mv "$root" "$built"
-    mkdir "$root"
     du -s -x -k "$built" | cut -f1 >"${built%/*}/tree-size-kib"
 }
 
@@ -79,7 +79,7 @@ clean() {
     local root=$1
     shift
     local resolv=$root/etc/resolv.conf
-    if [[ -L $resolv ]] || lsattr "$resolv" 2>/dev/null | grep -q '^....i'; then
+    if [[ -L $resolv || $(lsattr "$resolv" 2>/dev/null) == ????i* ]]; then
         rm -f "$resolv.ORIG"
     else
         rm -f "$resolv"
@@ -88,12 +88,15 @@ clean() {
         fi
     fi
     unmount_below "$root/tmp"
-    find "$root/tmp" -mindepth 1 -maxdepth 1 -exec rm -rf --one-file-system {} +
+    # As with DIB, what cannot be removed or emptied (an immutable file) stays.
+    if [[ -d $root/tmp ]]; then
+        find "$root/tmp" -mindepth 1 -maxdepth 1 -exec rm -rf --one-file-system {} \; || true
+    fi
     if [[ -d $root/var/log ]]; then
-        find "$root/var/log" -type f -exec truncate -s 0 {} +
+        find "$root/var/log" -type f -exec truncate -s 0 {} \; || true
     fi
     if [[ -d $root/root ]]; then
-        find "$root/root" -name '*.log' -type f -delete
+        find "$root/root" -name '*.log' -type f -delete || true
     fi
     unmount_below "$root" "$@"
 }

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes and options of mkfs are DIB's, by DIB's own lines; configurations that cannot be are refused."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from diskimage_builder.block_device.utils import parse_abs_size_spec
+
+from helpers import make_element
+from virt_dib import layout, tools
+from virt_dib.dib import DibInstallation, find_installation
+from virt_dib.elements import Element, discover
+from virt_dib.errors import ToolError, UsageError
+from virt_dib.spec import BuildSpec
+
+RANDOM_CASES = 40
+NAMES = ("DIB_IMAGE_SIZE", "DIB_IMAGE_EXTRA_SIZE", "DIB_JOURNAL_SIZE", "MAX_ONLINE_RESIZE", "DIB_RELEASE")
+Case = tuple[int, str, str, Mapping[str, str]]
+"""Size of the tree in KiB, root file system, the elements as DIB lists them, variables."""
+
+
+@pytest.fixture(scope="module")
+def dib() -> DibInstallation:
+    return find_installation(None)
+
+
+def spec_of(variables: Mapping[str, str], **more: object) -> BuildSpec:
+    fields: dict[str, object] = {"name": "x", "output_dir": Path(), "elements": ("one",), "size_bytes": None}
+    return BuildSpec(**fields | more, variables=variables)  # type: ignore[arg-type]
+
+
+def element_called(name: str) -> Element:
+    return Element(name=name, path=Path("/nowhere"), depends=frozenset(), provides=frozenset())
+
+
+def answers_of_dib(dib: DibInstallation, cases: list[Case], mkfs_options: str) -> list[tuple[int, list[str]]]:
+    """Image size in KiB and options of mkfs, by the very lines of disk-image-create."""
+    text = (dib.library_dir / "disk-image-create").read_text()
+    begin, end = "# save xtrace state", "export TMP_IMAGE_DIR"
+    assert text.count(begin) == text.count(end) == 1
+    rule = text[text.index(begin) : text.index(end)]
+    script = f"""
+sudo() {{ printf '%s\\ttotal\\n' "$tree_kib"; }}
+while IFS=';' read -r tree_kib DIB_ROOT_FSTYPE IMAGE_ELEMENT {" ".join(NAMES)}; do
+    MKFS_OPTS='{mkfs_options}'
+    {rule}
+    echo "answer;$DIB_IMAGE_SIZE;$MKFS_OPTS"
+done
+"""
+    lines = [
+        ";".join([str(tree_kib), fstype, elements, *(variables.get(name, "") for name in NAMES)])
+        for tree_kib, fstype, elements, variables in cases
+    ]
+    bash = tools.require("bash", purpose="run the tests", package="bash")
+    result = tools.run([bash, "-c", script], doing="asking DIB", stdin="".join(f"{line}\n" for line in lines).encode())
+    answers = re.findall(r"^answer;(\d+);(.*)$", result.stdout, re.MULTILINE)
+    return [(int(size), options.split()) for size, options in answers]
+
+
+def made_up_cases() -> list[Case]:
+    chosen = random.Random(7)  # noqa: S311 - the same cases every time
+    cases: list[Case] = [
+        (1000, fstype, elements, {"DIB_IMAGE_EXTRA_SIZE": extra, "DIB_RELEASE": release})
+        for fstype, elements, extra, release in itertools.product(
+            ("ext4", "xfs"), ("base vm", "base block-device-efi vm", "my-block-device-efi-lvm"), ("", "0", "0.7"),
+            ("", "trusty"),
+        )
+    ]  # fmt: skip
+    for _ in range(RANDOM_CASES):
+        values = {
+            "DIB_IMAGE_SIZE": chosen.choice(["", "", "5", "2.5", ".75", "1e1", "0.00001"]),
+            "DIB_IMAGE_EXTRA_SIZE": chosen.choice(["", "0", "100", "33.3", f"{chosen.random() * 500:.5f}"]),
+            "DIB_JOURNAL_SIZE": chosen.choice(["", "8", "128", str(chosen.randrange(1, 1024))]),
+            "MAX_ONLINE_RESIZE": chosen.choice(["", "1099511627776"]),
+        }
+        cases.append((chosen.randrange(1, 1 << 28), chosen.choice(["ext4", "xfs", "btrfs"]), "vm", values))
+    return cases
+
+
+def test_sizes_and_options_are_those_of_dib(dib: DibInstallation) -> None:
+    cases = made_up_cases()
+    expected = answers_of_dib(dib, cases, "-m 1")
+    assert len(expected) == len(cases)
+    for (tree_kib, fstype, elements, variables), (size_kib, options) in zip(cases, expected, strict=True):
+        spec = spec_of(variables, mkfs_options="-m 1")
+        chosen = [element_called(name) for name in elements.split()]
+        assert layout.image_size_kib(spec, chosen, fstype, tree_kib) == size_kib, (tree_kib, fstype, variables)
+        assert layout.mkfs_options(spec, fstype).split() == options, (fstype, variables)
+
+
+def test_a_size_that_is_given_is_the_size() -> None:
+    spec = spec_of({"DIB_IMAGE_SIZE": "5"}, size_bytes=1 << 30)
+    assert layout.image_size_kib(spec, [], "ext4", 1 << 30) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *itertools.product(["DIB_IMAGE_SIZE"], ["0", "-1", "5G", "nan", "inf", "1_0", "0x10", "1e400", "٣"]),
+        *itertools.product(["DIB_IMAGE_EXTRA_SIZE"], ["-1", "x", "1e99", "NaN"]),
+        *itertools.product(["DIB_JOURNAL_SIZE"], ["0", "010", "64.5", "-3", "1" * 5000]),
+    ],
+)
+def test_a_number_that_is_none(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot use .* as {name}"):
+        layout.image_size_kib(spec_of({name: value}), [], "ext4", 1000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["10GiB", "10 GiB", "1.5G", "512MiB", "7", "100B", "2T", "2TB", "GiB", "1.KB", ".5MiB", "infGiB", "1e3G", "1.2.3G",
+     "-1G", "5X", "5 G ", "G5", "1_0G", "nan"],
+)  # fmt: skip
+def test_sizes_in_the_configuration_are_those_of_dib(text: str) -> None:
+    try:
+        expected = parse_abs_size_spec(text)
+    except (RuntimeError, ValueError):
+        expected = None
+    try:
+        size_bytes = layout.config_size_bytes(text)
+    except UsageError:
+        size_bytes = None
+    assert size_bytes == expected
+
+
+@pytest.mark.parametrize("value", ["0", "0G", "9" * 400, "9" * 400 + "TiB", "99999999TiB", None, ["1G"]])
+def test_sizes_in_the_configuration_that_no_disk_has(value: object) -> None:
+    with pytest.raises(UsageError, match="as the size of a local_loop"):
+        layout.config_size_bytes(value)
+
+
+# ---- the configuration ----
+
+TWO_IMAGES = """\
+- local_loop:
+    name: other
+    size: 1000000000B
+- local_loop:
+    name: image0
+    mkfs:
+      name: mkfs_root
+      mount:
+        mount_point: /
+        fstab: {options: defaults}
+"""
+
+
+def test_of_several_images_one_is_kept(tmp_path: Path, dib: DibInstallation) -> None:
+    spec = spec_of({"DIB_BLOCK_DEVICE_CONFIG": TWO_IMAGES}, size_bytes=1 << 30)
+    prepared = layout.prepare(spec, [], dib, tmp_path / "scratch")
+    assert [(image.name, image.offset_bytes, image.size_bytes) for image in prepared.images] == [
+        ("image0", 0, None),
+        ("other", 1 << 30, 1000000000),
+    ]
+    assert prepared.discarded == ("other",)
+    assert prepared.disk_bytes == (1 << 30) + 1000000000
+
+
+def test_one_image_leaves_nothing_to_discard(tmp_path: Path, dib: DibInstallation) -> None:
+    assert layout.prepare(spec_of({}), [], dib, tmp_path / "scratch").discarded == ()
+
+
+def test_the_configuration_of_an_element(tmp_path: Path, dib: DibInstallation) -> None:
+    text = TWO_IMAGES.replace("other", "späße")
+    make_element(tmp_path / "elements", "one", {"block-device-default.yaml": "", "block-device-amd64.yaml": text})
+    elements = list(discover([tmp_path / "elements"]).values())
+    prepared = layout.prepare(spec_of({}), elements, dib, tmp_path / "scratch")
+    assert prepared.config == text
+    assert prepared.discarded == ("späße",)
+    params = yaml.safe_load(layout.params_text(prepared, size_kib=64, options="-m 1"))
+    assert (params["image-size"], params["root-fs-opts"]) == ("64KiB", "-m 1")
+
+
+def test_a_variable_that_is_not_utf_8(tmp_path: Path, dib: DibInstallation) -> None:
+    spec = spec_of({"DIB_BLOCK_DEVICE_CONFIG": b"# \xff\n".decode(errors="surrogateescape") + TWO_IMAGES})
+    with pytest.raises(UsageError, match="DIB_BLOCK_DEVICE_CONFIG: it is not UTF-8"):
+        layout.prepare(spec, [], dib, tmp_path / "scratch")
+
+
+def test_files_that_are_not_utf_8(tmp_path: Path, dib: DibInstallation) -> None:
+    element = make_element(tmp_path / "elements", "one", {})
+    file = element / "block-device-default.yaml"
+    file.write_bytes(b"# \xff\n")
+    elements = list(discover([tmp_path / "elements"]).values())
+    for spec in (spec_of({}), spec_of({"DIB_BLOCK_DEVICE_CONFIG": f"file://{file}"})):
+        with pytest.raises(UsageError, match=r"block-device-default\.yaml': it is not UTF-8"):
+            layout.prepare(spec, elements, dib, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "/etc"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, dib: DibInstallation, name: str) -> None:
+    path = str(tmp_path / name) if name != "" else ""
+    with pytest.raises(UsageError, match="reading the block device configuration"):
+        layout.prepare(spec_of({"DIB_BLOCK_DEVICE_CONFIG": f"file://{path}"}), [], dib, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("config", "error"), [("- nonsense", UsageError), (TWO_IMAGES.replace("image0", "disk"), UsageError)]
+)
+def test_what_dib_refuses(
+    tmp_path: Path, dib: DibInstallation, config: str, error: type[ToolError | UsageError]
+) -> None:
+    with pytest.raises(error, match="block device configuration"):
+        layout.prepare(spec_of({"DIB_BLOCK_DEVICE_CONFIG": config}), [], dib, tmp_path / "scratch")
