@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -89,9 +90,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def as_user(user_id: int, code: str, *arguments: str) -> str:
     """What *code* prints when that user, without HOME, runs it."""
     setpriv = tools.require("setpriv", purpose="run the tests", package="util-linux")
-    python = tools.require("python3", purpose="run the tests", package="python3")
     return tools.run(
-        [setpriv, f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups", python, "-c", code, *arguments],
+        [setpriv, f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups", sys.executable, "-c", code, *arguments],
         doing="running as another user",
         environment={"PYTHONPATH": str(TESTS.parent / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
     ).stdout

@@ -295,8 +295,12 @@ class _Build:
         answers = f"{contract.BUILD_DIR}/answers.json"
         variables = contract.for_phase(self._facts, Phase.BLOCK_DEVICE)
         output = _Lines(self._monitor.output)
+        places = f"{contract.BUILD_DIR}/block-device"
+        program = ["/usr/bin/python3", "-S", f"{_GUEST_SCRIPTS}/block-device.py", "--stay", places]
+        if "create" not in commands:
+            program = [f"{_GUEST_SCRIPTS}/block-device-again.sh", places]
         result = appliance.run(
-            ["/usr/bin/python3", "-S", f"{_GUEST_SCRIPTS}/block-device.py", answers, *commands],
+            [*program, answers, *commands],
             variables | {"PYTHONPATH": contract.SITE},
             contract.OUT,
             on_output=output.feed,

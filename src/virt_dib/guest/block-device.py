@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run several commands of DIB's dib-block-device in one Python.
 
-    block-device.py ANSWERS COMMAND [COMMAND ...]
+    block-device.py [--stay DIRECTORY] ANSWERS COMMAND [COMMAND ...]
 
 Each COMMAND is one of dib-block-device's (``init``, ``create`` ...), ``getval:KEY`` or ``check``, which
 builds the graph of devices without making any, so that a wrong configuration is found early. What the
 getval commands print goes into the JSON file ANSWERS. The configuration is the one that the variable
 DIB_BLOCK_DEVICE_PARAMS_YAML names. Starting Python and importing DIB once instead of six times matters
-in an emulated guest.
+in an emulated guest. For the same reason ``--stay`` leaves a process behind that takes more commands through
+pipes in DIRECTORY, once: see block-device-again.sh.
 """
 
 import contextlib
@@ -39,9 +40,8 @@ def run(command: str) -> str:
     return printed.getvalue().rstrip("\n")
 
 
-def main() -> None:
-    """Run the commands; a failing one is named, with the last thing DIB said."""
-    answers_path, *commands = sys.argv[1:]
+def perform(answers_path: str, commands: list[str]) -> str:
+    """Run the commands. Return an empty text, or what went wrong: the command and the last thing DIB said."""
     answers = {}
     for command in commands:
         try:
@@ -54,9 +54,47 @@ def main() -> None:
                 continue
             # DIB asserts without a word what the user's sizes must fulfil: then the code says it.
             where = traceback.extract_tb(error.__traceback__)[-1].line
-            sys.exit(f"dib-block-device {command}: {type(error).__name__}: {str(error) or where}")
+            return f"dib-block-device {command}: {type(error).__name__}: {str(error) or where}"
     with open(answers_path, "w") as stream:
         json.dump(answers, stream)
+    return ""
+
+
+def stay(directory: str) -> None:
+    """Go on in a child that no longer belongs to the job; serve one request, then end."""
+    for name in ("request", "reply"):
+        os.mkfifo(os.path.join(directory, name))
+    if os.fork():
+        return
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nowhere, number)
+    with open(os.path.join(directory, "request")) as stream:
+        answers_path, *commands = stream.read().split()
+    reply = os.open(os.path.join(directory, "reply"), os.O_WRONLY)
+    os.dup2(reply, 1)
+    os.dup2(reply, 2)
+    failure = perform(answers_path, commands)
+    if failure:
+        sys.stderr.write(failure + "\n")
+    with open(os.path.join(directory, "status"), "w") as stream:
+        stream.write("1" if failure else "0")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    """Run the commands of the command line."""
+    arguments = sys.argv[1:]
+    directory = arguments[1] if arguments[0] == "--stay" else ""
+    answers_path, *commands = arguments[2:] if directory else arguments
+    failure = perform(answers_path, commands)
+    if failure:
+        sys.exit(failure)
+    if directory:
+        stay(directory)
 
 
 main()

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong is told before anything is built, all of it in one message."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from helpers import TESTS, make_element
+from virt_dib import formats, plan, prerequisites, tools
+from virt_dib.errors import Problem, UsageError, VirtDibError
+from virt_dib.plan import BuildPlan, make_plan
+from virt_dib.spec import BuildSpec
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with ``elements``, ``work`` and ``out``, on a host that has what builds need."""
+    monkeypatch.setattr(prerequisites, "require_prerequisites", list)
+    make_element(tmp_path / "elements", "one", {"install.d/50-x": "#!/bin/bash\n"}, provides=["operating-system"])
+    (tmp_path / "work").mkdir()
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def spec_in(place: Path, **more: object) -> BuildSpec:
+    fields: dict[str, object] = {
+        "name": "x", "output_dir": place / "out", "elements": ("one",), "element_paths": (place / "elements",),
+        "skip_base": True, "formats": ("qcow2", "raw"),
+    }  # fmt: skip
+    return BuildSpec(**fields | more)  # type: ignore[arg-type]
+
+
+def planned(place: Path, environment: Mapping[str, str] | None = None, **more: object) -> BuildPlan:
+    return make_plan(spec_in(place, **more), place / "work", host_environment=environment or {})
+
+
+def refused(place: Path, environment: Mapping[str, str] | None = None, **more: object) -> VirtDibError:
+    with pytest.raises(VirtDibError) as caught:
+        planned(place, environment, **more)
+    assert all(problem.hint for problem in caught.value.problems)
+    return caught.value
+
+
+def test_a_plan(place: Path) -> None:
+    (place / "conf").write_text("from the host\n")
+    made = planned(place, {"DIB_APT_CONF": f"{place}/conf"}, qemu_img_options="compat=1.1")
+    assert [element.name for element in made.elements] == ["one"]
+    assert [output.name for output in made.formats] == ["qcow2", "raw"]
+    assert made.layout.discarded == ()
+    staged = made.staging.directory
+    assert (staged / f"host-files{place}/conf").read_text() == "from the host\n"
+    assert (staged / "elements/0/one/install.d/50-x").is_file()
+    assert (staged / "build/hooks/install.d/50-x").is_file()
+    assert list((place / "out").iterdir()) == []
+
+
+def test_files_of_an_earlier_build_are_in_nobodys_way(place: Path) -> None:
+    (place / "out/x.qcow2").touch()
+    (place / "out/x.raw").symlink_to("/nowhere")
+    (place / "out/x.log").symlink_to(place)
+    (place / "out/x.d").mkdir()
+    planned(place)
+
+
+@pytest.mark.parametrize("name", ["x.qcow2", "x.raw", "x.log"])
+def test_a_directory_in_the_place_of_a_file(place: Path, name: str) -> None:
+    (place / "out" / name).mkdir()
+    error = refused(place)
+    assert isinstance(error, UsageError)
+    assert str(error) == f"cannot write '{place}/out/{name}': a directory is in its place"
+
+
+def test_a_directory_in_the_place_of_another_format(place: Path) -> None:
+    (place / "out/x.raw").mkdir()
+    planned(place, formats=("qcow2",))
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_something_in_the_place_of_the_directory(place: Path, kind: str) -> None:
+    path = place / "out/x.d"
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to(place if kind == "link" else "nothing")
+    assert f"cannot write the directory '{path}'" in str(refused(place))
+
+
+def test_a_name_too_long(place: Path) -> None:
+    assert "File name too long" in str(refused(place, name="x" * 300))
+
+
+def test_a_directory_that_is_not_there(place: Path) -> None:
+    assert "it does not exist" in str(refused(place, output_dir=place / "nothing"))
+
+
+def test_all_that_is_wrong_in_one_message(place: Path) -> None:
+    for name in ("x.qcow2", "x.log"):
+        (place / "out" / name).mkdir()
+    (place / "out/x.d").touch()
+    earlier = Problem("found before", "mend it")
+    with pytest.raises(UsageError) as caught:
+        make_plan(
+            spec_in(place, root_label="a b", qemu_img_options="foo=1", elements=("onne",)), place / "work", [earlier]
+        )
+    messages = [problem.message for problem in caught.value.problems]
+    assert messages[0] == "found before"
+    for word in ("x.qcow2", "x.log", "x.d", "'a b'", "foo", "onne"):
+        assert [message for message in messages if word in message], word
+    assert len(messages) == 7
+
+
+def test_numbers_and_files_of_the_host_in_one_message(place: Path) -> None:
+    variables = {"DIB_IMAGE_EXTRA_SIZE": "lots", "DIB_JOURNAL_SIZE": "some"}
+    error = refused(place, {"DIB_CONTAINER_CONTEXT": "/"}, size_bytes=None, variables=variables)
+    text = str(error)
+    assert all(word in text for word in ("'lots'", "'some'", "cannot show '/'"))
+
+
+# ---- on hosts that refuse ----
+
+MAKE_PLAN = """
+import sys
+from pathlib import Path
+from virt_dib import plan, prerequisites
+from virt_dib.errors import VirtDibError
+from virt_dib.spec import BuildSpec
+place = Path(sys.argv[1])
+prerequisites.require_prerequisites = list
+spec = BuildSpec(name="x", output_dir=Path(sys.argv[3]), elements=("one",), element_paths=(place / "elements",),
+                 skip_base=True, qemu_img_options="compat=1.1")
+try:
+    plan.make_plan(spec, Path(sys.argv[2]), host_environment={})
+except VirtDibError as error:
+    for problem in error.problems:
+        print(type(error).__name__, problem)
+"""
+
+
+def plan_by(before: list[str], *arguments: str | Path) -> list[str]:
+    """One line for each thing that is wrong, in another process."""
+    return tools.run(
+        [*before, sys.executable, "-c", MAKE_PLAN, *arguments],
+        doing="planning",
+        environment={"PYTHONPATH": str(TESTS.parent / "src"), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"},
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize("size", ["8k", "64k", "512k", "1m", "3m"])
+def test_no_space_while_planning(place: Path, size: str) -> None:
+    (place / "elements/one/big").write_bytes(bytes(4 << 20))
+    unshare = str(tools.require("unshare", purpose="run the tests", package="util-linux"))
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    mount = f'mount -t tmpfs -o size={size} none "{place}/work"; exec "$@"'
+    said = plan_by([unshare, *as_root, "--mount", "/bin/sh", "-c", mount, "sh"], place, place / "work", place / "out")
+    assert said
+    assert all("no space left" in line.lower() for line in said), said
+    assert said[0].startswith("ToolError")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_directory_that_may_not_be_written(place: Path) -> None:
+    setpriv = str(tools.require("setpriv", purpose="run the tests", package="util-linux"))
+    before = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
+    (first, *_) = plan_by(before, place, "/", "/")
+    assert first.startswith("UsageError")
+    assert "cannot write the image in '/': no right to write in it" in first
+
+
+# ---- formats ----
+
+
+def test_options_that_qemu_img_takes(tmp_path: Path) -> None:
+    outputs = formats.select(["raw", "qcow2"])
+    for options in ("", "compat=0.10", "cluster_size=2M,lazy_refcounts=on", "preallocation=metadata"):
+        formats.check_options(outputs, options, tmp_path / "scratch")
+    formats.check_options(formats.select(["raw"]), "foo=1", tmp_path / "scratch")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("foo=1", "Invalid parameter 'foo'"), ("cluster_size=3", "Cluster size must be"), ("help", "makes no image")],
+)
+def test_options_that_qemu_img_refuses(tmp_path: Path, options: str, reason: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"cannot use '{options}' as --qemu-img-options for qcow2: .*{reason}"
+    ) as caught:
+        formats.check_options(formats.select(["raw", "qcow2"]), options, tmp_path / "scratch")
+    assert str(tmp_path) not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_file_is_not_overwritten_by_the_trial(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("precious")
+    formats.check_options(formats.select(["qcow2"]), f"compat=1.1,data_file={tmp_path}/data", tmp_path / "scratch")
+    assert (tmp_path / "data").read_text() == "precious"
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_what_is_written_is_what_the_disk_holds(tmp_path: Path, compress: bool) -> None:  # noqa: FBT001 - a parameter
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"".join(bytes([number % 251]) * 4096 for number in range(1024)) + os.urandom(65536))
+    (output,) = formats.select(["qcow2"])
+    formats.write(output, disk, tmp_path / "partial", name="x.qcow2", compress=compress, options="compat=1.1")
+    assert formats.virtual_size_bytes(tmp_path / "partial", output) == disk.stat().st_size
+    qemu_img = tools.require("qemu-img", purpose="run the tests", package="qemu-utils")
+    tools.run([qemu_img, "compare", "-f", "raw", "-F", "qcow2", disk, tmp_path / "partial"], doing="comparing")
+    assert ((tmp_path / "partial").stat().st_size < disk.stat().st_size // 2) == compress
+
+
+def test_messages_have_the_final_name(tmp_path: Path) -> None:
+    (output,) = formats.select(["qcow2"])
+    with pytest.raises(VirtDibError, match=r"writing 'x\.qcow2': 'qemu-img' failed"):
+        formats.write(output, tmp_path / "nothing", tmp_path / "partial", name="x.qcow2", compress=True, options="")
+
+
+def test_the_build_takes_no_more_processors_than_eight(place: Path) -> None:
+    made = planned(place)
+    assert 1 <= made.cpus <= 8
+    assert made.memory_mib == plan.DEFAULT_MEMORY_MIB

@@ -1,0 +1,554 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build disk's content, whatever the elements and the host hold; and what a hostile guest hands back."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import stat
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from helpers import TESTS, files_in_image, make_element
+from virt_dib import staging, tools
+from virt_dib.elements import Element, discover
+from virt_dib.errors import ApplianceError, ElementError, ToolError, UsageError
+from virt_dib.staging import HostFile, Staging, copy_out, remove_tree, wanted_host_files
+
+OTHER_USER = 65534
+LIMIT_BYTES = 1 << 20
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> Staging:
+    return Staging(tmp_path / "staging")
+
+
+@pytest.fixture
+def anyones_dir() -> Iterator[Path]:
+    """A directory that every user can write in; those of pytest are for one."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o777)
+    yield directory
+    remove_tree(directory)
+
+
+def run_python(code: str, *arguments: str | Path, before: tuple[str, ...] = ()) -> str:
+    """What *code* prints, run by the command *before*."""
+    return tools.run(
+        [*before, sys.executable, "-c", code, *arguments],
+        doing="running a test",
+        environment={"PYTHONPATH": str(TESTS.parent / "src"), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"},
+    ).stdout
+
+
+def as_ordinary_user() -> tuple[str, ...]:
+    if os.geteuid() != 0:
+        return ()
+    setpriv = tools.require("setpriv", purpose="run the tests", package="util-linux")
+    return (str(setpriv), f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups")
+
+
+# ---- elements and modules ----
+
+
+def test_an_element_is_copied_as_it_is(tmp_path: Path, content: Staging) -> None:
+    element = make_element(tmp_path / "elements", "one", {"install.d/50-x": "#!/bin/bash\n", "deep/er/file": "text"})
+    (element / "link").symlink_to("/nowhere")
+    os.mkfifo(element / "fifo")
+    os.utime(element / "deep/er/file", (5, 5))
+    elements = list(discover([tmp_path / "elements"]).values())
+    places = content.add_elements(elements, [tmp_path / "elements"])
+    assert places == {"one": "/dib/elements/0/one"}
+    copy = content.directory / "elements/0/one"
+    assert sorted(path.name for path in copy.iterdir()) == ["deep", "install.d", "link"]
+    assert os.readlink(copy / "link") == "/nowhere"
+    assert (copy / "deep/er/file").read_text() == "text"
+    assert (copy / "deep/er/file").stat().st_mtime == 5
+    assert stat.S_IMODE((copy / "install.d/50-x").stat().st_mode) == 0o755
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from virt_dib.elements import discover
+from virt_dib.staging import HostFile, Staging, remove_tree
+top = Path(sys.argv[1])
+content = Staging(top / "work" / "staging")
+elements = list(discover([top / "elements"]).values())
+content.add_elements(elements, [top / "elements"])
+content.add_modules([top / "module"], Path(sys.executable))
+content.add_host_file(HostFile(source=top / "host", inside="/opt/host", wanted_by="variable 'X'"))
+if sys.argv[2] == "disk":
+    content.make_disk(top / "disk.img")
+remove_tree(top / "work")
+print(sorted(path.name for path in top.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("what", ["disk", "nothing"])
+def test_read_only_directories_by_an_ordinary_user(anyones_dir: Path, what: str) -> None:
+    make_element(anyones_dir / "elements", "one", {"static/a/file": "text"})
+    for path in ("module/sub", "host/sub"):
+        (anyones_dir / path).mkdir(parents=True)
+        (anyones_dir / path / "mod.py").write_text("X = 1\n")
+    read_only = ["elements/one/static/a", "elements/one/static", "elements/one", "module/sub", "module", "host/sub"]
+    for path in (*read_only, "host"):
+        (anyones_dir / path).chmod(0o555)
+    said = run_python(READ_ONLY, anyones_dir, what, before=as_ordinary_user())
+    assert "work" not in said
+    if what == "disk":
+        image = files_in_image(anyones_dir / "disk.img")
+        assert image.text("/elements/0/one/static/a/file") == "text"
+        assert image.text("/host-files/opt/host/sub/mod.py") == "X = 1\n"
+        assert "mod.py" in image.names("/site/module/sub")
+    for path in reversed((*read_only, "host")):
+        (anyones_dir / path).chmod(0o755)
+
+
+def test_modules_come_without_what_the_guest_does_not_need(tmp_path: Path, content: Staging) -> None:
+    for path in ("package/tests/test_x.py", "package/fast.so", "package/sub/mod.py", "package/elements/x"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("X = 1\n")
+    (tmp_path / "single.py").write_text("Y = 2\n")
+    content.add_modules([tmp_path / "package", tmp_path / "single.py"], Path(sys.executable))
+    site = content.directory / "site"
+    files = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.suffix != ".pyc" and path.is_file()}
+    assert files == {"package/sub/mod.py", "single.py"}
+    assert list(site.glob("package/sub/__pycache__/mod.*.pyc"))
+
+
+def test_a_tree_deeper_than_pythons_stack(tmp_path: Path, content: Staging) -> None:
+    element = make_element(tmp_path / "elements", "one", {})
+    deep = element
+    for _ in range(1500):
+        deep /= "d"
+        deep.mkdir()
+    elements = list(discover([tmp_path / "elements"]).values())
+    content.add_elements(elements, [tmp_path / "elements"])
+    assert len(str(deep)) < 4096
+    remove_tree(content.directory)
+    assert not content.directory.exists()
+    remove_tree(element)
+
+
+def test_a_module_that_is_gone(tmp_path: Path, content: Staging) -> None:
+    with pytest.raises(ToolError, match=r"copying '.*/nothing': No such file"):
+        content.add_modules([tmp_path / "nothing"], Path(sys.executable))
+
+
+UNREADABLE = """
+import sys
+from pathlib import Path
+from virt_dib.elements import discover
+from virt_dib.errors import VirtDibError
+from virt_dib.staging import HostFile, Staging, wanted_host_files
+top = Path(sys.argv[1])
+content = Staging(top / "staging")
+def tell(ask):
+    try:
+        ask()
+    except VirtDibError as error:
+        print(type(error).__name__, *error.problems)
+tell(lambda: content.add_elements(list(discover([top / "elements"]).values()), [top / "elements"]))
+tell(lambda: content.add_host_file(HostFile(source=top / "secret", inside="/secret", wanted_by="variable 'X'")))
+tell(lambda: wanted_host_files({"DIB_APT_CONF": f"{top}/closed/file"}, [], None))
+"""
+
+
+def test_what_cannot_be_read_is_named(anyones_dir: Path) -> None:
+    element = make_element(anyones_dir / "elements", "one", {"static/file": "text"})
+    (anyones_dir / "closed").mkdir()
+    (anyones_dir / "closed/file").touch()
+    (anyones_dir / "secret").touch()
+    for path in (element / "static/file", anyones_dir / "secret", anyones_dir / "closed"):
+        path.chmod(0)
+    first, second, third = run_python(UNREADABLE, anyones_dir, before=as_ordinary_user()).splitlines()
+    assert first.startswith("ElementError")
+    assert f"copying '{element}/static/file': Permission denied" in first
+    assert second.startswith("ToolError")
+    assert "/secret': Permission denied" in second
+    assert "variable 'X' names it" in second
+    assert third.startswith("UsageError")
+    assert "/closed/file': Permission denied" in third
+    assert "variable 'DIB_APT_CONF' names it" in third
+
+
+FULL = """
+import sys
+from pathlib import Path
+from virt_dib.elements import discover
+from virt_dib.errors import VirtDibError
+from virt_dib.staging import HostFile, Staging
+top = Path(sys.argv[1])
+content = Staging(top / "small" / "staging")
+for ask in (
+    lambda: content.add_elements(list(discover([top / "elements"]).values()), [top / "elements"]),
+    lambda: content.add_modules([top / "elements"], Path(sys.executable)),
+    lambda: content.add_host_file(HostFile(source=top / "elements", inside="/x", wanted_by="variable 'X'")),
+    lambda: content.make_disk(top / "small" / "disk.img"),
+):
+    try:
+        ask()
+    except VirtDibError as error:
+        print(type(error).__name__, *error.problems)
+"""
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    element = make_element(tmp_path / "elements", "one", {})
+    (element / "big").write_bytes(bytes(2 << 20))
+    (tmp_path / "small").mkdir()
+    unshare = str(tools.require("unshare", purpose="run the tests", package="util-linux"))
+    as_root = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    mount = f'mount -t tmpfs -o size=1m none "{tmp_path}/small"; exec "$@"'
+    said = run_python(FULL, tmp_path, before=(unshare, *as_root, "--mount", "/bin/sh", "-c", mount, "sh")).splitlines()
+    assert len(said) == 4
+    assert all(line.startswith("ToolError") and "TMPDIR" in line for line in said), said
+    assert all("no space left" in line.lower() for line in said)
+
+
+# ---- files of the host ----
+
+
+def wanted(variables: Mapping[str, str], elements: list[Element] | None = None, home: Path | None = None) -> list[str]:
+    return [file.inside for file in wanted_host_files(variables, elements or [], home)]
+
+
+def test_files_that_variables_name(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    (tmp_path / "c d").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    variables = {
+        "DIB_APT_SOURCES": f"{tmp_path}/a",
+        "DIB_APT_CONF": f"file://{tmp_path}/b {tmp_path}/a relative",
+        "DIB_REPOLOCATION_x": f"{tmp_path}/c d",
+        "DIB_APT_KEYRING": f"{tmp_path}/gone",
+        "DIB_LOCAL_IMAGE": f"{tmp_path}/nothing",
+        "DIB_STEPS_FILE_PATH": f"{tmp_path}/a/below-a-file",
+        "DIB_YUM_REPO_CONF": f"{tmp_path}/{'x' * 300}",
+        "DIB_IPA_CA_FILE": "/dev/null",
+        "DIB_IPA_KEY_FILE": f"{tmp_path}/../{tmp_path.name}/a",
+        "UNKNOWN": f"{tmp_path}/c d",
+    }
+    assert wanted(variables) == [f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c d"]
+    (file,) = wanted_host_files({"DIB_APT_CONF": f"{tmp_path}/b"}, [], None)
+    assert file == HostFile(source=tmp_path / "b", inside=f"{tmp_path}/b", wanted_by="variable 'DIB_APT_CONF'")
+
+
+def test_files_that_elements_are_there_to_copy(tmp_path: Path) -> None:
+    make_element(tmp_path / "elements", "local-config", {})
+    elements = list(discover([tmp_path / "elements"]).values())
+    assert wanted({}, elements, tmp_path) == []
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/authorized_keys").touch()
+    (file,) = wanted_host_files({}, elements, tmp_path)
+    assert file.inside == "/dib/home/.ssh/authorized_keys"
+    assert file.wanted_by == "element 'local-config'"
+
+
+@pytest.mark.parametrize("path", ["/", "//", "///", "/.", "/proc", "/proc/self", "/sys/", "/dev"])
+def test_the_whole_host_is_not_copied(path: str) -> None:
+    with pytest.raises(UsageError, match="cannot show '/") as caught:
+        wanted({"DIB_CONTAINER_CONTEXT": path, "DIB_APT_CONF": path})
+    assert "variable 'DIB_CONTAINER_CONTEXT'" in str(caught.value.problems[0].hint)
+    assert "variable 'DIB_APT_CONF'" in str(caught.value.problems[1].hint)
+
+
+def test_a_link_to_the_whole_host(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/")
+    with pytest.raises(UsageError, match="cannot show"):
+        wanted({"DIB_CONTAINER_CONTEXT": str(tmp_path / "link")})
+
+
+def test_what_is_in_a_directory_that_is_wanted_comes_with_it(tmp_path: Path, content: Staging) -> None:
+    (tmp_path / "context/sub").mkdir(parents=True)
+    (tmp_path / "context/sub/file").write_text("text")
+    (tmp_path / "context/inner").symlink_to("sub")
+    (tmp_path / "context-2").touch()
+    variables = {
+        "DIB_CONTAINERFILE_DOCKERFILE": f"{tmp_path}/context/sub/file",
+        "DIB_APT_CONF": f"{tmp_path}/context/sub",
+        "DIB_APT_SOURCES": f"{tmp_path}/context/inner/file",
+        "DIB_CONTAINER_CONTEXT": f"{tmp_path}/context/",
+        "DIB_APT_KEYRING": f"{tmp_path}/context-2",
+    }
+    files = wanted_host_files(variables, [], None)
+    assert sorted(file.inside for file in files) == [f"{tmp_path}/context", f"{tmp_path}/context-2"]
+    for file in files:
+        content.add_host_file(file)
+    copy = content.directory / f"host-files{tmp_path}/context"
+    assert (copy / "sub/file").read_text() == "text"
+    assert os.readlink(copy / "inner") == "sub"
+
+
+def test_a_link_in_a_wanted_directory_brings_what_it_leads_to(tmp_path: Path, content: Staging) -> None:
+    (tmp_path / "context").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/file").write_text("text")
+    (tmp_path / "context/out").symlink_to(tmp_path / "elsewhere")
+    variables = {"DIB_CONTAINER_CONTEXT": f"{tmp_path}/context", "DIB_APT_CONF": f"{tmp_path}/context/out/file"}
+    files = wanted_host_files(variables, [], None)
+    assert [file.inside for file in files] == [f"{tmp_path}/context", f"{tmp_path}/elsewhere/file"]
+    for file in files:
+        content.add_host_file(file)
+    copies = content.directory / f"host-files{tmp_path}"
+    assert os.readlink(copies / "context/out") == f"{tmp_path}/elsewhere"
+    assert (copies / "elsewhere/file").read_text() == "text"
+
+
+def test_a_directory_that_holds_the_staging_one(tmp_path: Path, content: Staging) -> None:
+    (tmp_path / "file").touch()
+    content.add_host_file(HostFile(source=tmp_path, inside="/around", wanted_by="variable 'X'"))
+    copy = content.directory / "host-files/around"
+    assert [path.name for path in copy.iterdir()] == ["file"]
+
+
+# ---- removing ----
+
+
+def test_removing_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/file").touch()
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/link").symlink_to(tmp_path / "kept")
+    (tmp_path / "tree/sub").chmod(0o500)
+    remove_tree(tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    remove_tree(tmp_path / "link")
+    remove_tree(tmp_path / "nothing")
+    remove_tree(tmp_path / "kept/file")
+    assert (tmp_path / "kept/file").exists()
+
+
+# ---- what comes back ----
+
+
+def member(
+    name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", link: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, len(data), link
+    return info, data
+
+
+def archive_of(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for info, data in members:
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def unpack(tmp_path: Path) -> Iterator[Callable[..., staging.CopiedOut]]:
+    """Copies an archive of *members* into ``target``."""
+    target = tmp_path / "target"
+
+    def copy(*members: tuple[tarfile.TarInfo, bytes]) -> staging.CopiedOut:
+        target.mkdir()
+        return copy_out(archive_of(tmp_path / "out.tar", *members), target, limit_bytes=LIMIT_BYTES)
+
+    yield copy
+    # Some are deeper than the stack of pytest's own cleaning.
+    remove_tree(target)
+
+
+Unpack = Callable[..., staging.CopiedOut]
+
+
+def test_the_archive_of_a_directory_by_tar(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "sub").mkdir(parents=True)
+    target.mkdir()
+    (source / "sub/file").write_text("text")
+    (source / "setuid").write_text("x")
+    (source / "setuid").chmod(0o4755)
+    os.link(source / "sub/file", source / "zz-hard")
+    (source / "soft").symlink_to("/etc/passwd")
+    os.mkfifo(source / "fifo")
+    (source / "closed").mkdir(mode=0o500)
+    tar = tools.require("tar", purpose="run the tests", package="tar")
+    # In this order, for a hard link comes after what it is a link to.
+    names = ["./sub", "./zz-hard", "./setuid", "./soft", "./fifo", "./closed"]
+    tools.run([tar, "-C", source, "-cf", tmp_path / "out.tar", *names], doing="running tar")
+    result = copy_out(tmp_path / "out.tar", target, limit_bytes=9)
+    assert (result.files, set(result.left_out)) == (3, {"./soft", "./fifo"})
+    files = {path.relative_to(target).as_posix() for path in target.rglob("*")}
+    assert files == {"sub", "sub/file", "zz-hard", "setuid", "closed"}
+    assert (target / "zz-hard").read_text() == "text"
+    assert (target / "zz-hard").stat().st_nlink == 1
+    assert (target / "setuid").stat().st_mode & 0o7111 == 0
+
+
+def test_an_empty_directory(unpack: Unpack) -> None:
+    assert unpack(member("./", tarfile.DIRTYPE)) == staging.CopiedOut(files=0, left_out=())
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "a/..", "//x"])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE])
+def test_names_that_lead_out(unpack: Unpack, name: str, kind: bytes) -> None:
+    with pytest.raises(ApplianceError, match="which is not taken over"):
+        unpack(member(name, kind))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param([member("a"), member("a")], id="twice"),
+        pytest.param([member("a"), member("./a")], id="twice in other words"),
+        pytest.param([member("a"), member("a/b")], id="a file as a directory"),
+        pytest.param([member("a"), member("a", tarfile.DIRTYPE)], id="a file and a directory"),
+        pytest.param([member("a/b"), member("a")], id="a directory and a file"),
+        pytest.param([member("a"), member("a", tarfile.LNKTYPE, link="a")], id="a link to itself"),
+        pytest.param([member("x" * 300)], id="a name too long"),
+        pytest.param([member("d/" * 2500 + "x")], id="a path too long"),
+    ],
+)
+def test_members_that_cannot_be(unpack: Unpack, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    with pytest.raises(ApplianceError, match="taking over what the guest left"):
+        unpack(*members)
+
+
+def test_links_and_devices_are_left_out(unpack: Unpack, tmp_path: Path) -> None:
+    kinds = [tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.LNKTYPE, b"V"]
+    members = [member(f"{number}\x1b", kind, link="absent") for number, kind in enumerate(kinds)]
+    result = unpack(member("soft", tarfile.SYMTYPE, link="/etc"), *members, member("soft-2/file", data=b"x"))
+    assert result == staging.CopiedOut(files=1, left_out=("soft", *(f"{number}\x1b" for number in range(6))))
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["soft-2"]
+
+
+def test_a_file_below_a_link_is_a_file_below_a_directory(unpack: Unpack, tmp_path: Path) -> None:
+    result = unpack(member("soft", tarfile.SYMTYPE, link=str(tmp_path)), member("soft/file", data=b"x"))
+    assert result.files == 1
+    assert (tmp_path / "target/soft/file").read_bytes() == b"x"
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_more_bytes_than_the_limit(unpack: Unpack, times: int) -> None:
+    data = bytes(LIMIT_BYTES // times + 1)
+    with pytest.raises(ApplianceError, match=f"more than {LIMIT_BYTES} bytes"):
+        unpack(*(member(str(number), data=data) for number in range(times)))
+
+
+def test_hard_links_count(unpack: Unpack) -> None:
+    data = bytes(LIMIT_BYTES // 2 + 1)
+    with pytest.raises(ApplianceError, match=f"more than {LIMIT_BYTES} bytes"):
+        unpack(member("a", data=data), member("b", tarfile.LNKTYPE, link="./a"))
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "kind"),
+    [
+        pytest.param(101, "./", tarfile.DIRTYPE, id="one directory"),
+        pytest.param(101, "{}", tarfile.DIRTYPE, id="directories"),
+        pytest.param(101, "{}", tarfile.SYMTYPE, id="links"),
+        pytest.param(51, "{0}/{0}", tarfile.REGTYPE, id="directories not named"),
+        pytest.param(1, "d/" * 100, tarfile.DIRTYPE, id="deep"),
+    ],
+)
+def test_more_members_than_the_limit(
+    unpack: Unpack, monkeypatch: pytest.MonkeyPatch, count: int, name: str, kind: bytes
+) -> None:
+    monkeypatch.setattr(staging, "MOST_MEMBERS", 100 if count > 1 else 99)
+    with pytest.raises(ApplianceError, match="files in its output directory"):
+        unpack(*(member(name.format(number), kind) for number in range(count)))
+
+
+def test_as_many_members_as_the_limit(unpack: Unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "MOST_MEMBERS", 100)
+    assert unpack(*(member(f"{number}/file") for number in range(50))).files == 50
+
+
+def test_archives_that_are_damaged(tmp_path: Path) -> None:
+    good = archive_of(tmp_path / "good.tar", member("a", data=bytes(1000)), member("b", data=b"x")).read_bytes()
+    negative = bytearray(good)
+    negative[124:136] = b"\xff" * 12
+    unsummed = bytes(negative[:148]) + b" " * 8 + bytes(negative[156:512])
+    negative[148:156] = b"%06o\0 " % sum(unsummed)
+    pax = archive_of(tmp_path / "pax.tar", member("h", tarfile.XHDTYPE, b"19 size=-1000000000\n"), member("a"))
+    damaged = {
+        "nothing": b"",
+        "junk": os.urandom(2048),
+        "zeros, cut": bytes(100),
+        "a negative size": bytes(negative),
+        "a negative size of pax": pax.read_bytes(),
+        "cut in a file": good[:700],
+        "cut in a header": good[: 512 + 1024 + 100],
+        "cut after a file": good[: 512 + 1024],
+        "a second header of junk": good[: 512 + 1024] + b"\xff" * 512 + good[512 + 1024 + 512 :],
+        "headers without end": archive_of(
+            tmp_path / "x.tar", *(member("h", tarfile.XHDTYPE, b"9 a=b\n") for _ in range(3000))
+        ).read_bytes(),
+    }
+    for what, data in damaged.items():
+        (tmp_path / "out.tar").write_bytes(data)
+        target = tmp_path / what
+        target.mkdir()
+        with pytest.raises(ApplianceError, match="the guest left"):
+            copy_out(tmp_path / "out.tar", target, limit_bytes=LIMIT_BYTES)
+
+
+def test_every_byte_of_a_header_changed(tmp_path: Path) -> None:
+    """Whatever a header holds: files in the target, or our error."""
+    good = archive_of(tmp_path / "x.tar", member("a/b", data=b"text"), member("c", tarfile.LNKTYPE, link="a/b"))
+    data = good.read_bytes()
+    outcomes = set()
+    for position in range(512):
+        changed = bytearray(data)
+        changed[position] = changed[position] ^ 0xFF
+        header = bytes(changed[:148]) + b" " * 8 + bytes(changed[156:512])
+        changed[148:156] = b"%06o\0 " % sum(header)
+        (tmp_path / "out.tar").write_bytes(changed)
+        (tmp_path / "target").mkdir()
+        try:
+            copy_out(tmp_path / "out.tar", tmp_path / "target", limit_bytes=LIMIT_BYTES)
+            outcomes.add("copied")
+        except ApplianceError:
+            outcomes.add("refused")
+        shutil.rmtree(tmp_path / "target")
+    assert outcomes == {"copied", "refused"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar", "x.tar"]
+
+
+NO_ROOM = """
+import errno, sys
+from pathlib import Path
+from virt_dib.staging import copy_out
+try:
+    copy_out(Path(sys.argv[1]), Path(sys.argv[2]), limit_bytes=1 << 30)
+except OSError as error:
+    print(errno.errorcode[error.errno])
+"""
+
+
+def test_no_space_on_the_host_is_an_os_error(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path / "out.tar", member("big", data=bytes(2 << 20)))
+    (tmp_path / "small").mkdir()
+    unshare = str(tools.require("unshare", purpose="run the tests", package="util-linux"))
+    as_root = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    mount = f'mount -t tmpfs -o size=1m none "{tmp_path}/small"; exec "$@"'
+    before = (unshare, *as_root, "--mount", "/bin/sh", "-c", mount, "sh")
+    assert run_python(NO_ROOM, archive, tmp_path / "small", before=before).strip() == "ENOSPC"
+
+
+def test_elements_that_cannot_be_copied_are_elements_at_fault(tmp_path: Path, content: Staging) -> None:
+    element = make_element(tmp_path / "elements", "one", {})
+    deep = tmp_path / "elements" / "one"
+    while len(str(deep)) < 3900:
+        deep /= "d" * 100
+        deep.mkdir()
+    elements = list(discover([tmp_path / "elements"]).values())
+    content.directory.rename(tmp_path / ("s" * 200))
+    longer = Staging(tmp_path / ("s" * 200) / "more")
+    with pytest.raises(ElementError, match="File name too long"):
+        longer.add_elements(elements, [tmp_path / "elements"])
+    remove_tree(element)
