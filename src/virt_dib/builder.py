@@ -29,6 +29,7 @@ _GUEST_SCRIPTS = f"{contract.GUEST}/guest"
 _RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _OUT_LIMIT_BYTES = 16 * 1024**3
 _STEPS = ("starting the appliance", "making the image disk", "copying the tree", "cleaning up")
+_BLOCK_DEVICE_DIR = f"{contract.BUILD_DIR}/block-device"
 _NO_TREE_STATUS = 3
 _LAST_LINES = 10
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -133,6 +134,7 @@ class _Build:
             plan.staging.make_disk(build_disk.path)
             _make_image_disk(image_disk.path, plan.layout.disk_bytes)
             with self._appliance([build_disk, image_disk]) as appliance:
+                self._load_block_device(appliance)
                 for phase in TREE_PHASES:
                     self._run_phase(appliance, phase)
                     self._after(appliance, phase)
@@ -293,15 +295,10 @@ class _Build:
     def _block_device(self, appliance: Appliance, doing: str, *commands: str) -> list[str]:
         """Run commands of dib-block-device in the appliance; return what each of its getvals printed."""
         answers = f"{contract.BUILD_DIR}/answers.json"
-        variables = contract.for_phase(self._facts, Phase.BLOCK_DEVICE)
         output = _Lines(self._monitor.output)
-        places = f"{contract.BUILD_DIR}/block-device"
-        program = ["/usr/bin/python3", "-S", f"{_GUEST_SCRIPTS}/block-device.py", "--stay", places]
-        if "create" not in commands:
-            program = [f"{_GUEST_SCRIPTS}/block-device-again.sh", places]
         result = appliance.run(
-            [*program, answers, *commands],
-            variables | {"PYTHONPATH": contract.SITE},
+            [f"{_GUEST_SCRIPTS}/block-device.sh", _BLOCK_DEVICE_DIR, answers, *commands],
+            self._block_device_variables(),
             contract.OUT,
             on_output=output.feed,
         )
@@ -309,6 +306,14 @@ class _Build:
             advice = "is --size large enough for all partitions? " if "create" in commands else ""
             raise ApplianceError(f"{doing}: {output.last}", hint=advice + _where(self._monitor))
         return _answers(appliance.read(answers), [command for command in commands if command.startswith("getval:")])
+
+    def _load_block_device(self, appliance: Appliance) -> None:
+        """Have DIB imported in the background, while the tree is being made."""
+        command = ["/usr/bin/python3", "-S", f"{_GUEST_SCRIPTS}/block-device.py", "--serve", _BLOCK_DEVICE_DIR]
+        appliance.run(command, self._block_device_variables(), contract.OUT).check("starting dib-block-device")
+
+    def _block_device_variables(self) -> dict[str, str]:
+        return contract.for_phase(self._facts, Phase.BLOCK_DEVICE) | {"PYTHONPATH": contract.SITE}
 
     # ---- outputs ----
 

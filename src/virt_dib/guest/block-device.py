@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run several commands of DIB's dib-block-device in one Python.
 
-    block-device.py [--stay DIRECTORY] ANSWERS COMMAND [COMMAND ...]
+    block-device.py ANSWERS COMMAND [COMMAND ...]
+    block-device.py --serve DIRECTORY
 
 Each COMMAND is one of dib-block-device's (``init``, ``create`` ...), ``getval:KEY`` or ``check``, which
 builds the graph of devices without making any, so that a wrong configuration is found early. What the
 getval commands print goes into the JSON file ANSWERS. The configuration is the one that the variable
-DIB_BLOCK_DEVICE_PARAMS_YAML names. Starting Python and importing DIB once instead of six times matters
-in an emulated guest. For the same reason ``--stay`` leaves a process behind that takes more commands through
-pipes in DIRECTORY, once: see block-device-again.sh.
+DIB_BLOCK_DEVICE_PARAMS_YAML names.
+
+Python needs seconds to import DIB in an emulated guest. With ``--serve`` a process does that in the background
+while the tree is still being made, and then takes commands through pipes in DIRECTORY: see block-device.sh.
 """
 
 import contextlib
@@ -18,12 +20,12 @@ import os
 import sys
 import traceback
 
-import yaml
-from diskimage_builder.block_device import blockdevice, cmd, config
-
 
 def check() -> None:
     """Build DIB's node graph from the configuration and throw it away."""
+    import yaml  # noqa: PLC0415 - see load
+    from diskimage_builder.block_device import blockdevice, config  # noqa: PLC0415
+
     with open(os.environ["DIB_BLOCK_DEVICE_PARAMS_YAML"]) as stream:
         params = yaml.safe_load(stream)
     params.setdefault("image-size", "1TiB")
@@ -33,6 +35,8 @@ def check() -> None:
 
 def run(command: str) -> str:
     """Run one command of dib-block-device; return what it printed on standard output."""
+    from diskimage_builder.block_device import cmd  # noqa: PLC0415 - see load
+
     sys.argv = ["dib-block-device", *command.split(":", 1)]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -60,8 +64,13 @@ def perform(answers_path: str, commands: list[str]) -> str:
     return ""
 
 
-def stay(directory: str) -> None:
-    """Go on in a child that no longer belongs to the job; serve one request, then end."""
+def load() -> None:
+    """Import DIB. Not at the top: a server first leaves the job that started it."""
+    import diskimage_builder.block_device.cmd  # noqa: F401, PLC0415
+
+
+def serve(directory: str) -> None:
+    """Go on in a child that no longer belongs to the job, and serve requests for ever."""
     for name in ("request", "reply"):
         os.mkfifo(os.path.join(directory, name))
     if os.fork():
@@ -70,31 +79,34 @@ def stay(directory: str) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nowhere, number)
-    with open(os.path.join(directory, "request")) as stream:
-        answers_path, *commands = stream.read().split()
-    reply = os.open(os.path.join(directory, "reply"), os.O_WRONLY)
-    os.dup2(reply, 1)
-    os.dup2(reply, 2)
-    failure = perform(answers_path, commands)
-    if failure:
-        sys.stderr.write(failure + "\n")
-    with open(os.path.join(directory, "status"), "w") as stream:
-        stream.write("1" if failure else "0")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    load()
+    while True:
+        with open(os.path.join(directory, "request")) as stream:
+            answers_path, *commands = stream.read().split()
+        reply = os.open(os.path.join(directory, "reply"), os.O_WRONLY)
+        os.dup2(reply, 1)
+        os.dup2(reply, 2)
+        os.close(reply)
+        failure = perform(answers_path, commands)
+        sys.stderr.write(failure + "\n" if failure else "")
+        with open(os.path.join(directory, "status"), "w") as stream:
+            stream.write("1" if failure else "0")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The reader of the reply waits for this.
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def main() -> None:
-    """Run the commands of the command line."""
-    arguments = sys.argv[1:]
-    directory = arguments[1] if arguments[0] == "--stay" else ""
-    answers_path, *commands = arguments[2:] if directory else arguments
-    failure = perform(answers_path, commands)
+    """Do what the command line asks for."""
+    first, *rest = sys.argv[1:]
+    if first == "--serve":
+        serve(rest[0])
+        return
+    failure = perform(first, rest)
     if failure:
         sys.exit(failure)
-    if directory:
-        stay(directory)
 
 
 main()

@@ -1,0 +1,16 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# block-device.sh DIRECTORY ANSWERS COMMAND...: have the process behind 'block-device.py --serve DIRECTORY' run
+# commands of dib-block-device; if something has ended it, run them without it.
+
+set -eu
+
+directory=$1
+shift
+if [[ -p $directory/request ]] && pgrep -f "block-device.py --serve $directory" >/dev/null; then
+    echo "$*" >"$directory/request"
+    cat "$directory/reply"
+    exit "$(<"$directory/status")"
+fi
+exec /usr/bin/python3 -S "${BASH_SOURCE[0]%/*}/block-device.py" "$@"
