@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from diskimage_builder.block_device.utils import parse_abs_size_spec
 
 from helpers import make_element
 from virt_dib import layout, tools
@@ -40,13 +40,16 @@ def element_called(name: str) -> Element:
     return Element(name=name, path=Path("/nowhere"), depends=frozenset(), provides=frozenset())
 
 
-def answers_of_dib(dib: DibInstallation, cases: list[Case], mkfs_options: str) -> list[tuple[int, list[str]]]:
+def answers_of_dib(
+    dib: DibInstallation, cases: list[Case], mkfs_options: str, scratch: Path
+) -> list[tuple[int, list[str]]]:
     """Image size in KiB and options of mkfs, by the very lines of disk-image-create."""
     text = (dib.library_dir / "disk-image-create").read_text()
     begin, end = "# save xtrace state", "export TMP_IMAGE_DIR"
     assert text.count(begin) == text.count(end) == 1
     rule = text[text.index(begin) : text.index(end)]
     script = f"""
+TMP_BUILD_DIR=$1
 sudo() {{ printf '%s\\ttotal\\n' "$tree_kib"; }}
 while IFS=';' read -r tree_kib DIB_ROOT_FSTYPE IMAGE_ELEMENT {" ".join(NAMES)}; do
     MKFS_OPTS='{mkfs_options}'
@@ -59,7 +62,9 @@ done
         for tree_kib, fstype, elements, variables in cases
     ]
     bash = tools.require("bash", purpose="run the tests", package="bash")
-    result = tools.run([bash, "-c", script], doing="asking DIB", stdin="".join(f"{line}\n" for line in lines).encode())
+    result = tools.run(
+        [bash, "-c", script, "bash", scratch], doing="asking DIB", stdin="".join(f"{line}\n" for line in lines).encode()
+    )
     answers = re.findall(r"^answer;(\d+);(.*)$", result.stdout, re.MULTILINE)
     return [(int(size), options.split()) for size, options in answers]
 
@@ -84,9 +89,9 @@ def made_up_cases() -> list[Case]:
     return cases
 
 
-def test_sizes_and_options_are_those_of_dib(dib: DibInstallation) -> None:
+def test_sizes_and_options_are_those_of_dib(dib: DibInstallation, tmp_path: Path) -> None:
     cases = made_up_cases()
-    expected = answers_of_dib(dib, cases, "-m 1")
+    expected = answers_of_dib(dib, cases, "-m 1", tmp_path)
     assert len(expected) == len(cases)
     for (tree_kib, fstype, elements, variables), (size_kib, options) in zip(cases, expected, strict=True):
         spec = spec_of(variables, mkfs_options="-m 1")
@@ -113,21 +118,34 @@ def test_a_number_that_is_none(name: str, value: str) -> None:
         layout.image_size_kib(spec_of({name: value}), [], "ext4", 1000)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["10GiB", "10 GiB", "1.5G", "512MiB", "7", "100B", "2T", "2TB", "GiB", "1.KB", ".5MiB", "infGiB", "1e3G", "1.2.3G",
-     "-1G", "5X", "5 G ", "G5", "1_0G", "nan"],
-)  # fmt: skip
-def test_sizes_in_the_configuration_are_those_of_dib(text: str) -> None:
+SIZES = [
+    "10GiB", "10 GiB", "1.5G", "512MiB", "7", "100B", "2T", "2TB", "GiB", "1.KB", ".5MiB", "infGiB", "1e3G", "1.2.3G",
+    "-1G", "5X", "5 G ", "G5", "1_0G", "nan",
+]  # fmt: skip
+
+ASK_DIB = """
+import json, sys
+from diskimage_builder.block_device.utils import parse_abs_size_spec
+answers = []
+for text in sys.argv[1:]:
     try:
-        expected = parse_abs_size_spec(text)
+        answers.append(parse_abs_size_spec(text))
     except (RuntimeError, ValueError):
-        expected = None
-    try:
-        size_bytes = layout.config_size_bytes(text)
-    except UsageError:
-        size_bytes = None
-    assert size_bytes == expected
+        answers.append(None)
+json.dump(answers, sys.stdout)
+"""
+
+
+def test_sizes_in_the_configuration_are_those_of_dib(dib: DibInstallation) -> None:
+    environment = {"PYTHONPATH": str(dib.package_dir.parent)}
+    answers = tools.run([dib.python, "-c", ASK_DIB, *SIZES], doing="asking DIB", environment=environment).stdout
+    ours: list[int | None] = []
+    for text in SIZES:
+        try:
+            ours.append(layout.config_size_bytes(text))
+        except UsageError:
+            ours.append(None)
+    assert dict(zip(SIZES, ours, strict=True)) == dict(zip(SIZES, json.loads(answers), strict=True))
 
 
 @pytest.mark.parametrize("value", ["0", "0G", "9" * 400, "9" * 400 + "TiB", "99999999TiB", None, ["1G"]])

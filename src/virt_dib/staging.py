@@ -172,12 +172,12 @@ class Staging:
         with disk.open("xb") as stream:
             stream.truncate(BUILD_DISK_BYTES)
         # Scratch: no journal and no checksums to compute in an emulated guest.
+        command: list[str | Path] = [
+            mke2fs, "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^metadata_csum,uninit_bg",
+            "-E", "lazy_itable_init=1,root_owner=0:0,nodiscard", "-d", self.directory, disk,
+        ]  # fmt: skip
         try:
-            tools.run(
-            [mke2fs, "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^metadata_csum,uninit_bg",
-             "-E", "lazy_itable_init=1,root_owner=0:0,nodiscard", "-d", self.directory, disk],
-                doing="making the build disk",
-            )  # fmt: skip
+            tools.run(command, doing="making the build disk")
         except ToolError as error:
             full = "No space left" in str(error)
             raise ToolError(str(error), hint=_NO_ROOM_HINT if full else None) from error
