@@ -426,6 +426,7 @@ def test_the_command(arguments: list[str], exit_status: int, out: str, err: str,
 # ---- signals ----
 
 WAITING = """
+import select
 import sys
 from virt_dib.interrupts import interrupts
 from virt_dib import cli
@@ -434,6 +435,9 @@ def body():
     with interrupts():
         try:
             print("ready", flush=True)
+            # In slices: a signal that comes just before a read begins does not wake it.
+            while not select.select([sys.stdin], [], [], 0.1)[0]:
+                pass
             sys.stdin.readline()
         finally:
             print("undoing", flush=True)

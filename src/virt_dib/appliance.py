@@ -338,15 +338,18 @@ class Appliance:
     ) -> _T:
         """Call libguestfs. With *meanwhile*, called every second, there is no limit of time."""
         future = self._caller.submit(function, *arguments)
+        until = time.monotonic() + timeout_s
         try:
-            while meanwhile is not None and not concurrent.futures.wait([future], 1.0).done:
-                meanwhile()
-            return future.result(timeout_s)
-        except concurrent.futures.TimeoutError:
-            self._kill()
-            raise ApplianceError(
-                f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
-            ) from None
+            # In slices: a signal that comes just before the thread begins to wait does not wake it.
+            while not concurrent.futures.wait([future], 1.0).done:
+                if meanwhile is not None:
+                    meanwhile()
+                elif time.monotonic() > until:
+                    raise ApplianceError(
+                        f"{doing}: no answer in {timeout_s:.0f} s",
+                        hint="run it again with -v -x to see what it is doing",
+                    )
+            return future.result()
         except RuntimeError as error:
             raise ApplianceError(f"{doing}: {_first_line(error)}", hint=_hint_for(str(error))) from error
         except BaseException:
