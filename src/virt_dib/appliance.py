@@ -338,17 +338,8 @@ class Appliance:
     ) -> _T:
         """Call libguestfs. With *meanwhile*, called every second, there is no limit of time."""
         future = self._caller.submit(function, *arguments)
-        until = time.monotonic() + timeout_s
         try:
-            # In slices: a signal that comes just before the thread begins to wait does not wake it.
-            while not concurrent.futures.wait([future], 1.0).done:
-                if meanwhile is not None:
-                    meanwhile()
-                elif time.monotonic() > until:
-                    raise ApplianceError(
-                        f"{doing}: no answer in {timeout_s:.0f} s",
-                        hint="run it again with -v -x to see what it is doing",
-                    )
+            _wait(future, doing, timeout_s, meanwhile)
             return future.result()
         except RuntimeError as error:
             raise ApplianceError(f"{doing}: {_first_line(error)}", hint=_hint_for(str(error))) from error
@@ -455,6 +446,20 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     for disk in settings.disks:
         handle.add_drive_opts(str(disk.path), format="raw", label=disk.label, cachemode="unsafe", discard="besteffort")
     return handle
+
+
+def _wait(
+    future: concurrent.futures.Future[_T], doing: str, timeout_s: float, meanwhile: Callable[[], None] | None
+) -> None:
+    """Wait in slices: a signal that comes just before a thread begins to wait does not wake it."""
+    until = time.monotonic() + timeout_s
+    while not concurrent.futures.wait([future], 1.0).done:
+        if meanwhile is not None:
+            meanwhile()
+        elif time.monotonic() > until:
+            raise ApplianceError(
+                f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
+            )
 
 
 def _children() -> set[int]:
