@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from helpers import Run, make_probe, make_tiny_os, virt_dib
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.supermin import cache_dir
+
+
+def pytest_configure() -> None:
+    """Take back what a shell in the background or nohup gave on: ignored signals, which children inherit."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.hookimpl(hookwrapper=True)
