@@ -67,7 +67,7 @@ def table(image: Path) -> dict[str, Any]:
 def kind(image: Path, offset_bytes: int) -> dict[str, str]:
     blkid = tools.require("blkid", purpose="read labels", package="util-linux")
     # Not every partition holds something that blkid knows.
-    command = [blkid, "-p", "-O", str(offset_bytes), "-o", "export", image]
+    command: list[str | Path] = [blkid, "-p", "-O", str(offset_bytes), "-o", "export", image]
     output = tools.run(command, doing="reading labels", check=False).stdout
     return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
 
