@@ -55,6 +55,10 @@ test-unit: $(READY) ## tests that start no virtual machine
 test-appliance: $(READY) ## tests that start virtual machines
 	$(BIN)/pytest -m appliance
 
+.PHONY: test-sandbox
+test-sandbox: $(READY) ## the sandbox, which builds do not use yet
+	$(BIN)/pytest -m sandbox
+
 .PHONY: test-debian
 test-debian: $(READY) ## full Debian builds, each booted; long
 	$(BIN)/pytest -m debian

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give the files of a file system that 'mke2fs -d' has made what it leaves out, or what the sandbox could not do.
+
+    sandbox-restore.py DIRECTORY IMAGE
+
+1. The times, to the nanosecond. mke2fs 1.47.0 copies whole seconds, of which it keeps 32 bits: what is later
+   than January 2038 becomes 1902.
+2. Device nodes, for which the sandbox has empty files that say so (class Nodes of ``sandbox-init.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import struct
+import sys
+
+READ_WRITE_64_BITS = 0x1 | 0x20000
+ROOT_INODE = 2
+INODE_BYTES = 256
+EXTRA_SIZE, EXTRA_TIMES_END = 0x80, 0x90 - 0x80
+# Offsets in struct ext4_inode: seconds, and the field with nanoseconds and two more bits of seconds.
+TIMES = {"st_atime_ns": (0x08, 0x8C), "st_ctime_ns": (0x0C, 0x84), "st_mtime_ns": (0x10, 0x88)}
+NANOSECONDS = 10**9
+NODE_ATTRIBUTE = "user.virt-dib.node"
+MODE, FLAGS, BLOCKS = 0x00, 0x20, 0x28
+EXTENTS_FLAG = 0x80000
+OLD_DEVICE_LIMIT = 256
+# The kinds of nodes: the type in the mode, and the type in a directory entry.
+KINDS = {b"c": (stat.S_IFCHR, 3), b"b": (stat.S_IFBLK, 4)}
+ENTRY_CHANGED = 1
+
+Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class FileSystem:
+    """An ext4 file system in a file, opened with libext2fs."""
+
+    def __init__(self, image: str) -> None:
+        self._library = ctypes.CDLL("libext2fs.so.2")
+        self._handle = ctypes.c_void_p()
+        manager = ctypes.c_void_p.in_dll(self._library, "unix_io_manager")
+        self._call(
+            "ext2fs_open", image.encode(), READ_WRITE_64_BITS, 0, 0, manager, ctypes.byref(self._handle), bare=True
+        )
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        self._call("ext2fs_close")
+
+    def entries(self, directory: int) -> dict[bytes, int]:
+        """The names in the directory with that inode, and their inodes."""
+        found: dict[bytes, int] = {}
+
+        def take(entry: int, _offset: int, _size: int, _buffer: int, _data: int) -> int:
+            inode, _length, name_length, _kind = struct.unpack("IHBB", ctypes.string_at(entry, 8))
+            found[ctypes.string_at(entry + 8, name_length)] = inode
+            return 0
+
+        self._call("ext2fs_dir_iterate", ctypes.c_uint32(directory), 0, None, Callback(take), None)
+        return found
+
+    def set_kind(self, directory: int, name: bytes, kind: int) -> None:
+        """Write the type of a file into its entry in *directory*."""
+
+        def change(entry: int, _offset: int, _size: int, _buffer: int, _data: int) -> int:
+            length = ctypes.string_at(entry + 6, 1)[0]
+            if ctypes.string_at(entry + 8, length) != name:
+                return 0
+            ctypes.memset(entry + 7, kind, 1)
+            return ENTRY_CHANGED
+
+        self._call("ext2fs_dir_iterate", ctypes.c_uint32(directory), 0, None, Callback(change), None)
+
+    def remove_attribute(self, inode: int, name: str) -> None:
+        """Remove an extended attribute."""
+        handle = ctypes.c_void_p()
+        self._call("ext2fs_xattrs_open", ctypes.c_uint32(inode), ctypes.byref(handle))
+        self._call("ext2fs_xattrs_read", handle, bare=True)
+        self._call("ext2fs_xattr_remove", handle, name.encode(), bare=True)
+        self._call("ext2fs_xattrs_close", ctypes.byref(handle), bare=True)
+
+    def make_node(self, inode: int, kind: int, major: int, minor: int) -> None:
+        """Make a device node of an empty file."""
+        content = self._read(inode)
+        (mode,) = struct.unpack_from("<H", content, MODE)
+        (flags,) = struct.unpack_from("<I", content, FLAGS)
+        old = major < OLD_DEVICE_LIMIT and minor < OLD_DEVICE_LIMIT
+        new_number = minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+        struct.pack_into("<H", content, MODE, kind | stat.S_IMODE(mode))
+        struct.pack_into("<I", content, FLAGS, flags & ~EXTENTS_FLAG)
+        struct.pack_into("<2I52x", content, BLOCKS, *((major << 8 | minor, 0) if old else (0, new_number)))
+        self._write(inode, content)
+
+    def set_times(self, inode: int, state: os.stat_result) -> None:
+        """Write the times of *state*."""
+        content = self._read(inode)
+        if struct.unpack_from("<H", content, EXTRA_SIZE)[0] < EXTRA_TIMES_END:
+            return
+        for name, (low, high) in TIMES.items():
+            seconds, nanoseconds = divmod(getattr(state, name), NANOSECONDS)
+            # The low half counts as signed; what that takes away, the two bits give back.
+            signed = (seconds + 2**31) % 2**32 - 2**31
+            struct.pack_into("<i", content, low, signed)
+            struct.pack_into("<I", content, high, nanoseconds << 2 | (seconds - signed) >> 32 & 3)
+        self._write(inode, content)
+
+    def _read(self, inode: int) -> ctypes.Array[ctypes.c_char]:
+        content = ctypes.create_string_buffer(INODE_BYTES)
+        self._call("ext2fs_read_inode_full", ctypes.c_uint32(inode), content, INODE_BYTES)
+        return content
+
+    def _write(self, inode: int, content: ctypes.Array[ctypes.c_char]) -> None:
+        self._call("ext2fs_write_inode_full", ctypes.c_uint32(inode), content, INODE_BYTES)
+
+    def _call(self, name: str, *arguments: object, bare: bool = False) -> None:
+        function = self._library[name]
+        function.restype = ctypes.c_long
+        error = function(*arguments) if bare else function(self._handle, *arguments)
+        if error:
+            sys.exit(f"{name}: error {error}")
+
+
+def restore(file_system: FileSystem, top: bytes) -> None:
+    """Go through everything below *top*, which is the root of *file_system*."""
+    waiting = [(top, ROOT_INODE)]
+    nodes = set()
+    while waiting:
+        path, directory = waiting.pop()
+        inodes = file_system.entries(directory)
+        with os.scandir(path) as listing:
+            for entry in listing:
+                inode = inodes.get(entry.name)
+                if inode is None:
+                    continue
+                state = entry.stat(follow_symlinks=False)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, inode))
+                elif stat.S_ISREG(state.st_mode) and state.st_size == 0 and (node := node_of(entry.path)):
+                    kind, major, minor = node
+                    file_system.set_kind(directory, entry.name, KINDS[kind][1])
+                    if inode not in nodes:
+                        file_system.remove_attribute(inode, NODE_ATTRIBUTE)
+                        file_system.make_node(inode, KINDS[kind][0], major, minor)
+                        nodes.add(inode)
+                file_system.set_times(inode, state)
+
+
+def node_of(path: bytes) -> tuple[bytes, int, int] | None:
+    """The kind and numbers of the device node that an empty file stands for, if it does."""
+    try:
+        kind, major, minor = os.getxattr(path, NODE_ATTRIBUTE, follow_symlinks=False).split()
+        return (kind, int(major) & 0xFFF, int(minor) & 0xFFFFF) if kind in KINDS else None
+    except (OSError, ValueError):
+        return None
+
+
+def main() -> None:
+    """Do all of a directory."""
+    directory, image = sys.argv[1:]
+    file_system = FileSystem(image)
+    restore(file_system, os.fsencode(directory))
+    file_system.close()
+
+
+main()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs: commands that run beside the tree, in the appliance or in the sandbox, and how their output is read.
+
+A job is a bash text that sets its variables and becomes the command. In what it prints, records between RS
+characters that start with a random token are events: a script has started, a script has ended.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from virt_dib import environment as contract
+from virt_dib.errors import ApplianceError
+
+STATUS = re.compile(r"[0-9]{1,3}")
+"""An exit status in what a guest says, which it may have forged."""
+
+_EVENT_LIMIT_BYTES = 1 << 20
+_RS = b"\x1e"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something the guest's runner tells: its name, and words after it."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobResult:
+    """How a job ended."""
+
+    exit_status: int
+    tail: str
+    """The last of its output, unless that went elsewhere."""
+
+    def check(self, doing: str) -> None:
+        """Raise if it failed.
+
+        Raises:
+            ApplianceError: naming *doing* and the last lines of output.
+        """
+        if self.exit_status != 0:
+            said = " / ".join(line for line in self.tail.splitlines()[-5:] if line.strip())
+            raise ApplianceError(f"{doing}: failed with exit status {self.exit_status}: {said}")
+
+
+def job_text(
+    command: Sequence[str], variables: Mapping[str, str], cwd: str, *, functions: str = "", token: str | None = None
+) -> bytes:
+    """The bash text of a job: exactly *variables*, then *functions*, then *command*, with *token* as its last word."""
+    words = shlex.join([*command, *([token] if token is not None else [])])
+    text = f"{contract.exports(variables)}{functions}cd {shlex.quote(cwd)}\nexec {words}\n"
+    return text.encode("utf-8", "surrogateescape")
+
+
+@dataclass
+class Splitter:
+    """Tells events from output in a stream that comes in pieces of any size."""
+
+    token: bytes
+    _rest: bytes = field(default=b"")
+
+    def feed(self, data: bytes) -> Iterator[bytes | Event]:
+        """Yield pieces of output and events in their order."""
+        mark = _RS + self.token + b" "
+        self._rest += data
+        while self._rest:
+            start = self._rest.find(mark)
+            if start < 0:
+                keep = self._overlap(mark)
+                output, self._rest = self._rest[: len(self._rest) - keep], self._rest[len(self._rest) - keep :]
+                if output:
+                    yield output
+                return
+            if start:
+                yield self._rest[:start]
+                self._rest = self._rest[start:]
+            end = self._rest.find(_RS, len(mark))
+            if end < 0:
+                if len(self._rest) > _EVENT_LIMIT_BYTES:
+                    yield self._rest[:1]
+                    self._rest = self._rest[1:]
+                    continue
+                return
+            name, *words = self._rest[len(mark) : end].decode(errors="replace").split(" ")
+            self._rest = self._rest[end + 1 :]
+            yield Event(name, tuple(words))
+
+    def end(self) -> bytes:
+        """What is left when the stream has ended: the beginning of a record that never came whole."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _overlap(self, mark: bytes) -> int:
+        """How many bytes at the end of the rest may be the beginning of a mark."""
+        start = self._rest.rfind(_RS, -len(mark))
+        return len(self._rest) - start if start >= 0 and mark.startswith(self._rest[start:]) else 0
+
+
+class Tail:
+    """Keeps the last few KiB of a stream."""
+
+    _LIMIT_BYTES = 8192
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def add(self, data: bytes) -> None:
+        """Take the next piece."""
+        self._data = (self._data + data)[-self._LIMIT_BYTES :]
+
+    def text(self) -> str:
+        """What is kept, made harmless for a terminal."""
+        return re.sub(r"[^\n\x20-\x7e]", "?", self._data.decode(errors="replace"))
