@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from helpers import Run, make_probe, make_tiny_os, virt_dib
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.supermin import cache_dir
+
+# How long an example takes says something about the machine's other work, not about the code.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 def pytest_configure() -> None:

@@ -654,9 +654,12 @@ class Sandbox:
                 word, _, status = self._inside.receive()[0].partition(" ")
                 if word != "exit" or not STATUS.fullmatch(status):
                     raise ApplianceError("running the sandbox: it does not say how the job ended")
-                # All that the job wrote is in the pipe. A process it left behind may go on writing there.
-                while left := struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]:
-                    on_output(pipe.read(left))
+                # All that the job wrote is in the pipe now. A process it left behind may go on writing there.
+                left = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
+                while left:
+                    data = pipe.read(left)
+                    left -= len(data)
+                    on_output(data)
                 return int(status)
 
 
