@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MakeAppliance
-from virt_dib.appliance import Appliance, Event, _Splitter
+from virt_dib.appliance import Appliance
 from virt_dib.errors import ApplianceError
+from virt_dib.jobs import Event, Splitter
 
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 TOKEN = b"0123456789abcdef"
 
 
 def split(pieces: list[bytes]) -> tuple[bytes, list[Event]]:
-    splitter = _Splitter(TOKEN)
+    splitter = Splitter(TOKEN)
     output, events = b"", []
     for piece in pieces:
         for part in splitter.feed(piece):

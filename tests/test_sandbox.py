@@ -785,8 +785,8 @@ def test_all_of_this_as_an_ordinary_user(tmp_path: Path) -> None:
     become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups"]
     try:
         result = tools.run(
-            [*become, sys.executable, "-m", "pytest", "-q", "-m", "sandbox", "-p", "no:cacheprovider", f"--basetemp={home}/tests",
-             f"{TESTS}/test_sandbox.py"],
+            [*become, sys.executable, "-m", "pytest", "-q", "-m", "sandbox", "-p", "no:cacheprovider",
+             f"--basetemp={home}/tests", f"{TESTS}/test_sandbox.py"],
             doing="testing",
             cwd=TESTS.parent,
             environment={"HOME": str(home), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},

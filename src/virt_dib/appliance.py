@@ -15,13 +15,12 @@ import concurrent.futures
 import contextlib
 import os
 import platform
-import re
 import secrets
 import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,6 +28,7 @@ from virt_dib import environment as contract
 from virt_dib import supermin
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
 from virt_dib.interrupts import shielded
+from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail
 
 if TYPE_CHECKING:
     import guestfs  # noqa: TID251 - the one importer
@@ -46,8 +46,6 @@ _EVENT_LIMIT_BYTES = 1 << 20
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 _RS = b"\x1e"
-STATUS = re.compile(r"[0-9]{1,3}")
-"""An exit status in an event, which a guest may have forged."""
 
 _KERNEL_OPTIONS = "mitigations=off norandmaps init_on_alloc=0"
 """The appliance runs nothing but one build, so it needs no walls against itself. Emulated, ``norandmaps`` makes
@@ -86,14 +84,6 @@ class Settings:
     """Gets what libguestfs says with ``trace`` and ``verbose``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something the guest's runner tells: its name, and words after it."""
-
-    name: str
-    words: tuple[str, ...]
-
-
 def binding_problem() -> Problem | None:
     """What keeps this Python from using libguestfs, or None."""
     try:
@@ -105,45 +95,6 @@ def binding_problem() -> Problem | None:
             "or in a virtual environment made by '/usr/bin/python3 -m venv --system-site-packages'",
         )
     return None
-
-
-@dataclass
-class _Splitter:
-    """Tells events from output in a stream that comes in pieces of any size."""
-
-    token: bytes
-    _rest: bytes = field(default=b"")
-
-    def feed(self, data: bytes) -> Iterator[bytes | Event]:
-        """Yield pieces of output and events in their order."""
-        mark = _RS + self.token + b" "
-        self._rest += data
-        while self._rest:
-            start = self._rest.find(mark)
-            if start < 0:
-                keep = self._overlap(mark)
-                output, self._rest = self._rest[: len(self._rest) - keep], self._rest[len(self._rest) - keep :]
-                if output:
-                    yield output
-                return
-            if start:
-                yield self._rest[:start]
-                self._rest = self._rest[start:]
-            end = self._rest.find(_RS, len(mark))
-            if end < 0:
-                if len(self._rest) > _EVENT_LIMIT_BYTES:
-                    yield self._rest[:1]
-                    self._rest = self._rest[1:]
-                    continue
-                return
-            name, *words = self._rest[len(mark) : end].decode(errors="replace").split(" ")
-            self._rest = self._rest[end + 1 :]
-            yield Event(name, tuple(words))
-
-    def _overlap(self, mark: bytes) -> int:
-        """How many bytes at the end of the rest may be the beginning of a mark."""
-        start = self._rest.rfind(_RS, -len(mark))
-        return len(self._rest) - start if start >= 0 and mark.startswith(self._rest[start:]) else 0
 
 
 class Appliance:
@@ -227,7 +178,7 @@ class Appliance:
         doing = "starting a command in the appliance"
         self._call(doing, self._handle.write, f"{job}.sh", text.encode("utf-8", "surrogateescape"))
         pid = self._call(doing, self._handle.debug, "sh", [f"/bin/bash /sysroot/guest/start-job.sh {job} {token}"])
-        tail = _Tail()
+        tail = Tail()
         status = self._follow(job, pid.strip(), token, on_output or tail.add, on_event)
         return JobResult(exit_status=status, tail=tail.text())
 
@@ -280,7 +231,7 @@ class Appliance:
         on_event: Callable[[Event], None] | None,
     ) -> int:
         """Pass on what the job prints until it says that it has ended; return its status."""
-        splitter = _Splitter(token.encode())
+        splitter = Splitter(token.encode())
         offset, pause_s, heard = 0, _POLL_FIRST_S, time.monotonic()
         while True:
             data = self._call(
@@ -355,40 +306,6 @@ class Appliance:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobResult:
-    """How a command in the appliance ended."""
-
-    exit_status: int
-    tail: str
-    """The last of its output, unless that went elsewhere."""
-
-    def check(self, doing: str) -> None:
-        """Raise if it failed.
-
-        Raises:
-            ApplianceError: naming *doing* and the last lines of output.
-        """
-        if self.exit_status != 0:
-            said = " / ".join(line for line in self.tail.splitlines()[-5:] if line.strip())
-            raise ApplianceError(f"{doing}: failed with exit status {self.exit_status}: {said}")
-
-
-class _Tail:
-    """Keeps the last few KiB of a stream."""
-
-    _LIMIT_BYTES = 8192
-
-    def __init__(self) -> None:
-        self._data = b""
-
-    def add(self, data: bytes) -> None:
-        self._data = (self._data + data)[-self._LIMIT_BYTES :]
-
-    def text(self) -> str:
-        return re.sub(r"[^\n\x20-\x7e]", "?", self._data.decode(errors="replace"))
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from virt_dib import environment as contract
 from virt_dib import formats, kvm, layout, staging, supermin
-from virt_dib.appliance import STATUS, Appliance, Disk, Event, Settings, open_appliance
+from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError, ToolError
 from virt_dib.interrupts import shielded
+from virt_dib.jobs import STATUS, Event
 from virt_dib.monitor import BuildMonitor
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
