@@ -56,21 +56,23 @@ MakeAppliance = Callable[[], contextlib.AbstractContextManager[Appliance]]
 def make_appliance(tmp_path_factory: pytest.TempPathFactory) -> MakeAppliance:
     """Starts an appliance with an empty build disk and no network."""
 
-    def make() -> contextlib.AbstractContextManager[Appliance]:
+    @contextlib.contextmanager
+    def make() -> Iterator[Appliance]:
         directory = tmp_path_factory.mktemp("appliance")
         content = staging.Staging(directory / "staging")
         content.add_guest_scripts()
         content.make_disk(directory / "build.img")
-        return open_appliance(
-            Settings(
-                disks=[Disk(path=directory / "build.img", label="build")],
-                cache_dir=cache_dir(),
-                memory_mib=plan.DEFAULT_MEMORY_MIB,
-                cpus=2,
-                network=False,
-                accelerate=False,
-            )
+        settings = Settings(
+            disks=[Disk(path=directory / "build.img", label="build")],
+            cache_dir=cache_dir(),
+            memory_mib=plan.DEFAULT_MEMORY_MIB,
+            cpus=2,
+            network=False,
+            accelerate=False,
         )
+        with open_appliance(settings) as appliance:
+            appliance.prepare()
+            yield appliance
 
     return make
 

@@ -21,7 +21,7 @@ import pytest
 
 from helpers import TESTS
 from virt_dib import environment as contract
-from virt_dib import sandbox, staging, tools
+from virt_dib import namespaces, sandbox, staging, tools, workspace
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
 from virt_dib.jobs import Event
 from virt_dib.plan import make_plan
@@ -49,7 +49,7 @@ def _sandboxes_work() -> None:
 def staged(directory: Path) -> Path:
     content = staging.Staging(directory / "staging")
     content.add_guest_scripts()
-    return content.directory
+    return content.finish()
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +425,8 @@ def build_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         assert bash(running, MAKE_TREE) == (0, "refused\nFile exists\n")
         left_behind = "setsid bash -c 'while :; do echo x >>/dib/tmp/more; done' & mount -t tmpfs none /dib/build/mnt"
         assert bash(running, f"{left_behind}; : >/dib/build/mnt/covering")[0] == 0
+        with disk.open("xb") as stream:
+            stream.truncate(staging.BUILD_DISK_BYTES)
         running.make_build_disk(disk)
     assert disk.stat().st_mode & 0o777 == 0o600
     assert disk.stat().st_size == staging.BUILD_DISK_BYTES
@@ -599,10 +601,11 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from virt_dib import sandbox, staging
+from virt_dib.workspace import claimed
 workspace = Path(sys.argv[1])
 content = staging.Staging(workspace / "staging")
 content.add_guest_scripts()
-with sandbox.claimed(workspace), sandbox.open_sandbox(
+with claimed(workspace), sandbox.open_sandbox(
     sandbox.Settings(directory=content.directory, network=True)
 ) as box:
     box.run(
@@ -614,11 +617,11 @@ with sandbox.claimed(workspace), sandbox.open_sandbox(
 
 
 def test_kill_leaves_no_process_and_its_files_go_at_the_next_start(tmp_path: Path) -> None:
-    workspace = tmp_path / "virt-dib-killed"
-    workspace.mkdir(mode=0o700)
+    directory = tmp_path / "virt-dib-killed"
+    directory.mkdir(mode=0o700)
     marker = f"{time.monotonic_ns()}"
     before = Path("/proc/self/mounts").read_text()
-    command = [sys.executable, "-c", KILLED, str(workspace), marker]
+    command = [sys.executable, "-c", KILLED, str(directory), marker]
     with tools.started(command, environment={"PATH": "/usr/bin:/bin"}) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
@@ -626,14 +629,14 @@ def test_kill_leaves_no_process_and_its_files_go_at_the_next_start(tmp_path: Pat
         # The one that made the namespaces, and the network's.
         assert len(children) == 2
         assert len(running_with(marker)) >= 3
-        assert sandbox.remove_leftovers(tmp_path) == []
-        assert workspace.exists()
+        assert workspace.remove_leftovers(tmp_path) == []
+        assert directory.exists()
         os.kill(process.pid, signal.SIGKILL)
         wait_until(lambda: running_with(marker) == set())
         wait_until(lambda: not any(is_running(child) for child in children))
     assert Path("/proc/self/mounts").read_text() == before
-    assert (workspace / "staging").exists()
-    assert sandbox.remove_leftovers(tmp_path) == [workspace]
+    assert (directory / "staging").exists()
+    assert workspace.remove_leftovers(tmp_path) == [directory]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -651,8 +654,8 @@ def test_only_what_is_ours_and_abandoned_counts_as_a_leftover(tmp_path: Path) ->
     (tmp_path / "virt-dib-abandoned" / "lock").touch()
     held = tmp_path / "virt-dib-held"
     held.mkdir()
-    with sandbox.claimed(held):
-        assert sandbox.remove_leftovers(tmp_path) == [tmp_path / "virt-dib-abandoned"]
+    with workspace.claimed(held):
+        assert workspace.remove_leftovers(tmp_path) == [tmp_path / "virt-dib-abandoned"]
     assert {path.name for path in tmp_path.iterdir()} == {
         "virt-dib-new", "other", "virt-dib-link", "virt-dib-file", "virt-dib-held"
     }  # fmt: skip
@@ -761,7 +764,7 @@ def test_subordinate_ids_are_read_as_subuid_describes_them(
 ) -> None:
     path = tmp_path / "subuid"
     path.write_text(text)
-    answer = sandbox.subordinate_ranges("uid", path, ("me", "1234"))
+    answer = namespaces.subordinate_ranges("uid", path, ("me", "1234"))
     if isinstance(ranges, str):
         assert isinstance(answer, Problem)
         assert answer.message == ranges.format(path=path)
@@ -803,6 +806,6 @@ def ordinary_user() -> pwd.struct_passwd | None:
         for line in Path("/etc/subuid").read_text().splitlines():
             name, _, count = line.split(":")
             with contextlib.suppress(KeyError, ValueError):
-                if int(count) >= sandbox.IDS and pwd.getpwnam(name).pw_uid != 0:
+                if int(count) >= namespaces.IDS and pwd.getpwnam(name).pw_uid != 0:
                     return pwd.getpwnam(name)
     return None

@@ -18,6 +18,7 @@ import platform
 import secrets
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from virt_dib import environment as contract
 from virt_dib import supermin
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
 from virt_dib.interrupts import shielded
-from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail
+from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
 
 if TYPE_CHECKING:
     import guestfs  # noqa: TID251 - the one importer
@@ -42,10 +43,9 @@ _ALIVE_CHECK_S = 30.0
 _START_TIMEOUT_S = 600.0
 _REPLY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 120.0
-_EVENT_LIMIT_BYTES = 1 << 20
+_STARTING = "starting the appliance"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
-_RS = b"\x1e"
 
 _KERNEL_OPTIONS = "mitigations=off norandmaps init_on_alloc=0"
 """The appliance runs nothing but one build, so it needs no walls against itself. Emulated, ``norandmaps`` makes
@@ -103,31 +103,44 @@ class Appliance:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._caller = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="libguestfs")
-        self._children_before = _children()
+        self._thread = self._caller.submit(threading.get_native_id).result()
         # In the thread that will use it: libguestfs keeps a handler of errors for each thread, the
         # binding silences that of the creating one, and any other would print to standard error.
         self._handle = self._caller.submit(_handle, settings).result()
+        self._starting = self._caller.submit(self._handle.launch)
         self._jobs = 0
         self._pid: int | None = None
         self._running = True
 
     # ---- life ----
 
-    def start(self) -> None:
-        """Start the virtual machine and mount the build disk.
+    def prepare(self) -> None:
+        """Wait until the virtual machine has started, mount the build disk, and prepare what is on it.
+
+        The disk may have been made meanwhile, for nothing has read it yet but for the kernel looking for partitions.
 
         Raises:
             ApplianceError: it does not come up.
         """
         handle, settings = self._handle, self._settings
-        self._call("starting the appliance", handle.launch, timeout_s=_START_TIMEOUT_S)
+        self._result(self._starting, _STARTING, _START_TIMEOUT_S, None)
         with contextlib.suppress(ApplianceError):  # libvirt's machines are not our processes
             self._pid = self._call("asking for the appliance's process", handle.get_pid)
         device = f"/dev/disk/guestfs/{settings.disks[0].label}"
+        self._call("looking at the build disk anew", handle.blockdev_flushbufs, device)
         self._call("mounting the build disk in the appliance", handle.mount, device, "/")
         self.run(["/bin/bash", "/sysroot/guest/setup.sh"], {"PATH": contract.SYSTEM_PATH}, "/").check(
             "preparing the appliance"
         )
+
+    def check_starting(self) -> None:
+        """Look whether the virtual machine still may come up, without waiting.
+
+        Raises:
+            ApplianceError: it has failed to start.
+        """
+        if self._starting.done():
+            self._result(self._starting, _STARTING, 0, None)
 
     def stop(self) -> None:
         """Write everything to the disks and end the virtual machine.
@@ -161,22 +174,13 @@ class Appliance:
         on_output: Callable[[bytes], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> JobResult:
-        """Run *command* in the appliance with exactly *variables*, to its end.
-
-        *functions* is bash text read before it. Output goes to *on_output* as it comes, standard
-        output and standard error in one; without *on_output* the last of it is kept in the result.
-        With *on_event* the command gets one argument more, the token that makes a record an event.
-
-        Raises:
-            ApplianceError: the appliance died.
-        """
+        """Run *command* as :meth:`virt_dib.jobs.Place.run` has it."""
         token = secrets.token_hex(12)
         job = f"/jobs/{self._jobs}"
         self._jobs += 1
-        words = shlex.join([*command, *([token] if on_event is not None else [])])
-        text = f"{contract.exports(variables)}{functions}cd {shlex.quote(cwd)}\nexec {words}\n"
+        text = job_text(command, variables, cwd, functions=functions, token=token if on_event is not None else None)
         doing = "starting a command in the appliance"
-        self._call(doing, self._handle.write, f"{job}.sh", text.encode("utf-8", "surrogateescape"))
+        self._call(doing, self._handle.write, f"{job}.sh", text)
         pid = self._call(doing, self._handle.debug, "sh", [f"/bin/bash /sysroot/guest/start-job.sh {job} {token}"])
         tail = Tail()
         status = self._follow(job, pid.strip(), token, on_output or tail.add, on_event)
@@ -288,7 +292,15 @@ class Appliance:
         meanwhile: Callable[[], None] | None = None,
     ) -> _T:
         """Call libguestfs. With *meanwhile*, called every second, there is no limit of time."""
-        future = self._caller.submit(function, *arguments)
+        return self._result(self._caller.submit(function, *arguments), doing, timeout_s, meanwhile)
+
+    def _result(
+        self,
+        future: concurrent.futures.Future[_T],
+        doing: str,
+        timeout_s: float,
+        meanwhile: Callable[[], None] | None,
+    ) -> _T:
         try:
             _wait(future, doing, timeout_s, meanwhile)
             return future.result()
@@ -302,7 +314,7 @@ class Appliance:
         """End the virtual machine now. Before its id is known, everything libguestfs has started."""
         if not self._running:
             return
-        pids = {self._pid} if self._pid is not None else _children() - self._children_before
+        pids = {self._pid} if self._pid is not None else _children(self._thread)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -310,20 +322,19 @@ class Appliance:
 
 @contextlib.contextmanager
 def open_appliance(settings: Settings) -> Iterator[Appliance]:
-    """A running appliance; it is gone when the block ends, however that happens.
+    """An appliance that starts; it is gone when the block ends, however that happens.
 
-    Leaving the block normally does not write the disks: call :meth:`Appliance.stop` for that.
+    :meth:`Appliance.prepare` waits until it has started. Leaving the block normally does not write the disks: call
+    :meth:`Appliance.stop` for that.
 
     Raises:
         PrerequisiteError: libguestfs cannot be used here.
-        ApplianceError: the appliance does not start.
     """
     problem = binding_problem()
     if problem is not None:
         raise PrerequisiteError(problem.message, hint=problem.hint)
     appliance = Appliance(settings)
     try:
-        appliance.start()
         yield appliance
     finally:
         appliance.close()
@@ -379,13 +390,12 @@ def _wait(
             )
 
 
-def _children() -> set[int]:
-    """The processes this one has started and not yet waited for."""
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            found |= {int(word) for word in (task / "children").read_text().split()}
-    return found
+def _children(thread: int) -> set[int]:
+    """The processes that *thread* of this process has started and not yet waited for."""
+    try:
+        return {int(word) for word in Path(f"/proc/self/task/{thread}/children").read_text().split()}
+    except OSError:
+        return set()
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
 from virt_dib.monitor import BuildMonitor, coloured, printable, summary, wants_colour, write_out
 from virt_dib.report import BuildReport
-from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, check_label, parse_size
+from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, check_label, parse_size
 
 _T = TypeVar("_T")
 
@@ -63,6 +63,7 @@ class Options:
     trace: bool = False
     kvm: str = "auto"
     """``auto``, ``on`` or ``off``."""
+    isolation: Isolation = Isolation.VM
     answer: str | None = None
     """Text to print instead of building (--help, --version)."""
 
@@ -151,9 +152,14 @@ _GROUPS: Mapping[str, Sequence[_Option]] = {
         _flag("-u", "uncompressed", "do not compress qcow2 images"),
         _flag("--no-delete-on-failure", "keep_on_failure", "keep incomplete output files when the build fails"),
     ),
-    "the virtual machine": (
-        _value("-m --memsize", "memory", "MB", "its memory (default: enough to install packages)"),
-        _value("--smp", "cpus", "N", "its processors (default: those of this host, at most 8)"),
+    "where scripts run": (
+        _value(
+            "--isolation", "isolation", "WHERE",
+            "run the scripts that fill the tree in the virtual machine, 'vm' (default), or faster where there is no "
+            "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work",
+        ),
+        _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
+        _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
         _flag("--network", "network", "scripts may use the network (default)"),
         _Option(
             ("--no-network",), "network", _Takes.REFUSAL, None, "scripts have no network, and DIB_OFFLINE is 1"
@@ -204,6 +210,7 @@ class _Given:
     cpus: str | None = None
     network: bool = True
     kvm: str | None = None
+    isolation: str | None = None
     quiet: bool = False
     verbose: bool = False
     trace: bool = False
@@ -358,6 +365,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         verbose=given.verbose,
         trace=given.trace,
         kvm=values.take(lambda: _kvm(given.kvm, environ), "auto"),
+        isolation=values.take(lambda: _isolation(given.isolation), Isolation.VM),
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
@@ -503,6 +511,10 @@ def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
     return kvm.wanted_from_environment(environ)
 
 
+def _isolation(text: str | None) -> Isolation:
+    return Isolation(_choice("value of --isolation", text, [one.value for one in Isolation], Isolation.VM.value))
+
+
 def _size(text: str | None, variables: Mapping[str, str]) -> int | None:
     if text is not None:
         return parse_size(text)
@@ -633,8 +645,9 @@ def _build(command: CommandLine) -> BuildReport:
     return builder.build_image(
         command.spec,
         problems=command.problems,
-        acceleration_wanted=options.kvm,
-        trace=options.trace or options.verbose,
+        options=builder.RunOptions(
+            isolation=options.isolation, kvm=options.kvm, trace=options.trace or options.verbose
+        ),
         open_monitor=lambda log_path, total_phases: BuildMonitor(
             log_path=log_path,
             stream=sys.stdout,

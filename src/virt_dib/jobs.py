@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from virt_dib import environment as contract
 from virt_dib.errors import ApplianceError
@@ -47,6 +48,40 @@ class JobResult:
         if self.exit_status != 0:
             said = " / ".join(line for line in self.tail.splitlines()[-5:] if line.strip())
             raise ApplianceError(f"{doing}: failed with exit status {self.exit_status}: {said}")
+
+
+class Place(Protocol):
+    """Where jobs run: the appliance, or the sandbox. Paths are those below ``/dib``."""
+
+    def run(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        on_output: Callable[[bytes], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> JobResult:
+        """Run *command* with exactly *variables*, to its end.
+
+        *functions* is bash text read before it. Output goes to *on_output* as it comes, standard
+        output and standard error in one; without *on_output* the last of it is kept in the result.
+        With *on_event* the command gets one argument more, the token that makes a record an event.
+
+        Raises:
+            ApplianceError: the place itself failed.
+        """
+
+    def is_directory(self, path: str) -> bool:
+        """Whether *path* is a directory."""
+
+    def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
+        """The beginning of the file *path*.
+
+        Raises:
+            ApplianceError: it cannot be read.
+        """
 
 
 def job_text(

@@ -33,6 +33,13 @@ _SLICE_BYTES = 1 << 41
 OUTPUT_IMAGE = "image0"
 """The node whose disk becomes the output; DIB has the name hard-wired (contract section 3.1)."""
 
+_ROOT_NODE = "mkfs_root"
+"""The file system that DIB gives the root's label, type and options (contract section 3.1)."""
+_SECTOR_BYTES = 512
+_PLAIN_OPTIONS = re.compile(r"(?: -[bCgGiIJmNOTE] ?[^ -][^ ]*| -[jq])*")
+FILLABLE = ("ext2", "ext3", "ext4")
+"""The file systems that mke2fs makes with their content in them."""
+
 _FALLBACK = """\
 - local_loop:
     name: image0
@@ -68,6 +75,15 @@ class Image:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What a tree has for one file system of the image."""
+
+    mount_point: str
+    fillable: bool
+    """The file system can be made with its content by mke2fs on the host, in its place in the image disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """What is decided about the image disk before the appliance starts."""
 
@@ -82,6 +98,8 @@ class Layout:
     """Names of the other images: built, as the elements may want it, but thrown away, as DIB does."""
     disk_bytes: int
     """Length of the image disk, nearly all of it a hole."""
+    parts: Sequence[Part]
+    """In the order of mounting, the root first; none where the root is not fillable."""
 
 
 def guest_script(name: str) -> Path:
@@ -123,6 +141,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         images=images,
         discarded=tuple(image.name for image in images[1:]),
         disk_bytes=max(image.offset_bytes + (image.size_bytes or _slice_bytes(spec)) for image in images),
+        parts=_parts(nodes, spec),
     )
 
 
@@ -278,6 +297,41 @@ def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image,
             hint=f"name the local_loop of the image's disk {OUTPUT_IMAGE}, as diskimage-builder wants it",
         )
     return tuple(images)
+
+
+def _parts(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Part, ...]:
+    """Which file systems lie in one piece on the output image and are of mke2fs's kinds."""
+    plain = {
+        loop["name"]
+        for loop in _of_kind(nodes, "local_loop")
+        if loop["name"] == OUTPUT_IMAGE
+        and str(spec.variables.get("DIB_BLOCK_SIZE") or loop.get("block_size", _SECTOR_BYTES)) == str(_SECTOR_BYTES)
+    }
+    for table in _of_kind(nodes, "partitioning"):
+        if table["base"] in plain:
+            plain |= {partition["name"] for partition in table["partitions"]}
+    file_systems = {node["name"]: node for node in _of_kind(nodes, "mkfs")}
+    parts = []
+    for mount in sorted(_of_kind(nodes, "mount"), key=lambda mount: str(mount["mount_point"])):
+        file_system = file_systems[mount["base"]]
+        kind, options = file_system.get("type"), str(file_system.get("opts") or "")
+        if file_system["name"] == _ROOT_NODE:
+            resize = spec.variables.get("MAX_ONLINE_RESIZE")
+            kind = kind or spec.fs_type
+            options = f"{options} {spec.mkfs_options} {f'-E resize={resize}' if resize else ''}"
+        if kind != "swap":
+            fillable = file_system["base"] in plain and kind in FILLABLE and are_plain_options(options.split())
+            parts.append(Part(mount_point=mount["mount_point"], fillable=fillable))
+    return tuple(parts) if parts and parts[0].mount_point == "/" and parts[0].fillable else ()
+
+
+def _of_kind(nodes: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    return [node[kind] for node in nodes if kind in node]
+
+
+def are_plain_options(words: Sequence[str]) -> bool:
+    """Whether options of mke2fs describe the file system, and not where it is or what is in it."""
+    return _PLAIN_OPTIONS.fullmatch("".join(f" {word}" for word in words if word)) is not None
 
 
 def _slice_bytes(spec: BuildSpec) -> int:

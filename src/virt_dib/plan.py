@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import dib, elements, formats, hooks, layout, prerequisites, tools
+from virt_dib import dib, elements, formats, hooks, layout, prerequisites, sandbox, tools
 from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
@@ -50,16 +50,22 @@ def make_plan(
     workspace: Path,
     problems: Sequence[Problem] = (),
     *,
+    in_sandbox: bool = False,
     host_environment: Mapping[str, str] | None = None,
 ) -> BuildPlan:
     """Decide the build of *spec*; the build disk's content is gathered in *workspace* on the way.
+
+    *in_sandbox*: the host must have what a sandbox needs.
 
     Raises:
         VirtDibError: all that is wrong, *problems* that were found before first.
     """
     environ = dict(os.environ if host_environment is None else host_environment)
+    found = _Findings(problems)
+    if in_sandbox:
+        found.add(sandbox.problems(network=spec.network))
     with _room(workspace):
-        return _decide(spec, workspace, _Findings(problems), environ)
+        return _decide(spec, workspace, found, environ)
 
 
 def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> BuildPlan:

@@ -15,49 +15,42 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import pwd
 import secrets
 import select
 import socket
-import stat
 import struct
-import sys
 import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from virt_dib import environment as contract
-from virt_dib import layout, staging, tools
+from virt_dib import staging, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
 from virt_dib.interrupts import shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
+from virt_dib.layout import Part
+from virt_dib.namespaces import (
+    PROCESS_ENVIRONMENT,
+    Ids,
+    find_ids,
+    finish,
+    id_problems,
+    init_command,
+    inside_namespace,
+    owner,
+)
 
-IDS = 1 << 16
-"""How many user ids, and group ids, a sandbox has."""
-
-_MESSAGE_BYTES = 1 << 16
 _CHUNK_BYTES = 1 << 20
-_END_TIMEOUT_S = 10.0
 _NETWORK_TIMEOUT_S = 20.0
 _NETWORK_POLL_S = 0.01
-_PRIVATE_FIRST, _PRIVATE_LAST = 0x80000, 0x6FFF0000
-"""Where root's private ranges are: those that systemd has set aside for containers."""
 _NAMESERVER = "10.0.2.3"
 """slirp4netns's own, which asks those of the host; pasta is told to have one there too."""
-_RUNNER = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PYTHON = Path("/usr/bin/python3")
 _USUAL_TREE_BYTES = 4 << 30
-_LOCK = "lock"
-_WORKSPACES = "virt-dib-*"
-_NO_NEW_PRIVILEGES = 39
-"""prctl's PR_GET_NO_NEW_PRIVS."""
-
-_Range = tuple[int, int]
-"""First id on the host, and how many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,35 +64,12 @@ class Settings:
     """Work on a copy of the directory in so much memory, instead of on the directory (:func:`spare_memory_bytes`)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Ids:
-    """The host's ids that are those from 0 on in the sandbox."""
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a file system lies in a disk image."""
 
-    uids: tuple[_Range, ...]
-    gids: tuple[_Range, ...]
-
-    def map(self, process: int, *, with_own: bool) -> None:
-        """Write the maps of a process that has made a user namespace.
-
-        *with_own*: the ids of the user follow, so that files can change hands.
-
-        Raises:
-            ToolError: newuidmap refuses it.
-        """
-        for program, ranges, own in (("newuidmap", self.uids, os.geteuid()), ("newgidmap", self.gids, os.getegid())):
-            lines, inside = [], 0
-            for first, count in ranges:
-                lines.append((inside, first, count))
-                inside += count
-            if with_own and not any(first <= own < first + count for first, count in ranges):
-                lines.append((inside, own, 1))
-            if os.geteuid() == 0:
-                text = "".join(f"{' '.join(map(str, line))}\n" for line in lines)
-                Path(f"/proc/{process}/{program[3:6]}_map").write_text(text)
-            else:
-                words = [str(number) for line in lines for number in line]
-                path = tools.require(program, purpose="use subordinate ids", package="uidmap")
-                tools.run([path, str(process), *words], doing="mapping the user's subordinate ids")
+    offset_bytes: int
+    size_bytes: int
 
 
 # ---- what a host must have ----
@@ -107,7 +77,7 @@ class _Ids:
 
 def problems(*, network: bool = True) -> list[Problem]:
     """What keeps this user from sandboxes on this host, all of it."""
-    found = [*_id_problems(), *_library_problems()]
+    found = [*id_problems(), *_library_problems()]
     if network and _network_tool() is None:
         found.append(
             Problem(
@@ -117,36 +87,6 @@ def problems(*, network: bool = True) -> list[Problem]:
         )
     problem = _kernel_problem()
     return [*found, *([problem] if problem else [])]
-
-
-def _id_problems() -> Iterator[Problem]:
-    try:
-        _find_ids()
-    except PrerequisiteError as error:
-        yield from error.problems
-    if os.geteuid() == 0:
-        return
-    for name in ("newuidmap", "newgidmap"):
-        path = tools.find(name)
-        if path is None:
-            yield Problem(f"'{name}' not found, needed to use subordinate ids", "install it: apt-get install uidmap")
-        elif not path.stat().st_mode & stat.S_ISUID and not _has_capabilities(path):
-            yield Problem(
-                f"'{path}' has lost its rights: it is neither setuid root nor has file capabilities",
-                "install its package again: apt-get install --reinstall uidmap",
-            )
-    if ctypes.CDLL(None).prctl(_NO_NEW_PRIVILEGES, 0, 0, 0, 0) == 1:
-        yield Problem(
-            "this process may not gain rights (no_new_privs), so that newuidmap cannot do its work",
-            "start virt-dib without --no-new-privs; in a container, without --security-opt no-new-privileges",
-        )
-
-
-def _has_capabilities(path: Path) -> bool:
-    try:
-        return "security.capability" in os.listxattr(path)
-    except OSError:
-        return False
 
 
 def _library_problems() -> Iterator[Problem]:
@@ -166,7 +106,8 @@ def _library_problems() -> Iterator[Problem]:
 
 def _kernel_problem() -> Problem | None:
     """Try the steps that kernels and containers are known to forbid."""
-    result = tools.run([*_init(), "probe"], doing="trying namespaces", environment=_RUNNER, cwd=Path("/"), check=False)
+    command = [*init_command(), "probe"]
+    result = tools.run(command, doing="trying namespaces", environment=PROCESS_ENVIRONMENT, cwd=Path("/"), check=False)
     if result.exit_status == 0:
         return None
     last = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -214,208 +155,6 @@ def _process_status(name: str) -> str | None:
     return next((value.strip() for key, _, value in lines if key == name), None)
 
 
-# ---- ids ----
-
-
-def _find_ids() -> _Ids:
-    """The ids for a sandbox of this user's.
-
-    Raises:
-        PrerequisiteError: there are not enough of them; for uids and gids each.
-    """
-    find = _private_range if os.geteuid() == 0 else _own_ranges
-    found: list[tuple[_Range, ...]] = []
-    missing: list[Problem] = []
-    for kind in ("uid", "gid"):
-        answer = find(kind)
-        if isinstance(answer, Problem):
-            missing.append(answer)
-        else:
-            found.append(answer)
-    if missing:
-        raise PrerequisiteError.of(missing)
-    return _Ids(uids=found[0], gids=found[1])
-
-
-def _own_ranges(kind: str) -> tuple[_Range, ...] | Problem:
-    user = os.geteuid()
-    try:
-        name = pwd.getpwuid(user).pw_name
-    except KeyError:
-        name = str(user)
-    return subordinate_ranges(kind, Path(f"/etc/sub{kind}"), (name, str(user)))
-
-
-def subordinate_ranges(kind: str, path: Path, names: Sequence[str]) -> tuple[_Range, ...] | Problem:
-    """As much as is needed of a user's entries in the file *path* (subuid(5)); the user has all of *names*."""
-    left, ranges = IDS, []
-    for owner, first, count in _entries(path):
-        if owner in names and left:
-            taken = min(count, left)
-            ranges.append((first, taken))
-            left -= taken
-    if left == 0:
-        return tuple(ranges)
-    return Problem(
-        f"user '{names[0]}' has {IDS - left or 'no'} subordinate {kind}s in '{path}', of {IDS} needed",
-        f"as root: usermod --add-sub{kind}s FIRST-LAST {names[0]}, with a range of {IDS} that nobody else has there",
-    )
-
-
-def _entries(path: Path) -> Iterator[tuple[str, int, int]]:
-    """The lines of a file as subuid(5) describes it: owner, first id, how many."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        owner, *numbers = line.split(":")
-        if len(numbers) == 2 and all(number.isdigit() for number in numbers):  # noqa: PLR2004 - subuid(5)
-            yield owner, int(numbers[0]), int(numbers[1])
-
-
-def _private_range(kind: str) -> tuple[_Range, ...] | Problem:
-    """For root: a range that no user and no entry of subordinate ids has; or all there is in a container."""
-    lines = Path(f"/proc/self/{kind}_map").read_text().splitlines()
-    mapped = [(first, count) for first, _outside, count in (map(int, line.split()) for line in lines)]
-    taken = [(first, count) for _, first, count in _entries(Path(f"/etc/sub{kind}"))]
-    slots = (_PRIVATE_LAST - _PRIVATE_FIRST) // IDS
-    begin = secrets.randbelow(slots)
-    for number in range(slots):
-        first = _PRIVATE_FIRST + (begin + number) % slots * IDS
-        if any(start <= first and first + IDS <= start + count for start, count in mapped) and not any(
-            start < first + IDS and first < start + count for start, count in taken
-        ):
-            return ((first, IDS),)
-    # Root of a user namespace of the usual size, as containers have it: its ids are already nobody's on the host.
-    # The kernel wants each piece of a map within one piece of the map above.
-    pieces = tuple((first, min(count, IDS - first)) for first, count in sorted(mapped) if first < IDS)
-    available = sum(count for _, count in pieces)
-    if available == IDS:
-        return pieces
-    return Problem(
-        f"this user namespace has {available} {kind}s, of {IDS} needed",
-        "give the container more subordinate ids, or run virt-dib as an ordinary user outside",
-    )
-
-
-# ---- processes in user namespaces ----
-
-
-class _Process(Protocol):
-    """As much of a process as is used here."""
-
-    pid: int
-
-    def wait(self, timeout: float | None = None) -> int:
-        """The exit status, when it has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Inside:
-    """A process of ``sandbox-init.py`` and the socket to it."""
-
-    process: _Process
-    socket: socket.socket
-    output: IO[bytes]
-
-    def receive(self) -> tuple[str, list[int]]:
-        """What it says: a message, and descriptors that came with it.
-
-        Raises:
-            ApplianceError: it has failed, or is dead.
-        """
-        try:
-            data, descriptors, _flags, _address = socket.recv_fds(self.socket, _MESSAGE_BYTES, 1)
-        except ConnectionError:
-            data, descriptors = b"", []
-        message = data.decode(errors="replace")
-        if message and not message.startswith("failed "):
-            return message, descriptors
-        reason = message.removeprefix("failed ") or "it died"
-        said = [line.strip() for line in self.said().splitlines() if line.strip()]
-        raise ApplianceError(
-            " / ".join([f"running the sandbox: {reason}", *said[-5:]]),
-            hint=None if message else "perhaps this host ran out of memory",
-        )
-
-    def said(self) -> str:
-        """What it has printed."""
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
-
-    def expect(self, wanted: str) -> None:
-        """Wait for the message *wanted*."""
-        message, _ = self.receive()
-        if message != wanted:
-            raise ApplianceError(f"running the sandbox: it says '{message[:80]}' instead of '{wanted}'")
-
-    def send(self, message: bytes, *descriptors: int) -> None:
-        """Tell it something."""
-        try:
-            socket.send_fds(self.socket, [message], descriptors)
-        except OSError:
-            self.receive()
-            raise
-
-
-@contextlib.contextmanager
-def _inside(arguments: Sequence[str], directory: Path) -> Iterator[_Inside]:
-    """Start ``sandbox-init.py`` in *directory*; when the block ends it is gone, and with it all it has started."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with (
-        ours,
-        theirs,
-        tempfile.TemporaryFile() as output,
-        tools.started(
-            [*_init(), *arguments],
-            environment=_RUNNER,
-            stdin=theirs.fileno(),
-            stdout=output.fileno(),
-            stderr=output.fileno(),
-            cwd=directory,
-        ) as process,
-    ):
-        theirs.close()
-        try:
-            inside = _Inside(process, ours, output)
-            inside.expect("unshared")
-            yield inside
-        finally:
-            with shielded():
-                # It ends by itself, and only when everything in its namespaces has ended.
-                ours.close()
-                with contextlib.suppress(Exception):
-                    process.wait(_END_TIMEOUT_S)
-
-
-def _init() -> list[str]:
-    """The command that starts sandbox-init.py."""
-    return [sys.executable, "-I", "-S", str(layout.guest_script("sandbox-init.py"))]
-
-
-@contextlib.contextmanager
-def _owner(ids: _Ids, command: Sequence[str], directory: Path) -> Iterator[_Inside]:
-    """Start *command* in *directory* with all rights over the user's own files and those of the sandbox."""
-    with _inside(["own", *command], directory) as inside:
-        ids.map(inside.process.pid, with_own=True)
-        inside.send(b"go")
-        yield inside
-
-
-def _finish(inside: _Inside, doing: str) -> None:
-    """Wait for a command that :func:`_owner` has started.
-
-    Raises:
-        ApplianceError: it has failed.
-    """
-    # The socket closes with the command.
-    failure = inside.socket.recv(_MESSAGE_BYTES).decode(errors="replace").removeprefix("failed ")
-    if inside.process.wait() != 0 or failure:
-        said = [line for line in [failure, *inside.said().splitlines()] if line.strip()]
-        raise ApplianceError(f"{doing}: {said[-1] if said else 'it failed'}")
-
-
 # ---- the network ----
 
 
@@ -436,7 +175,7 @@ def _network(process: int) -> Iterator[None]:
     if program.name == "pasta":
         none = [word for option in ("-t", "-u", "-T", "-U") for word in (option, "none")]
         command = [
-            *_init(),
+            *init_command(),
             "guard",
             str(program),
             "--runas",
@@ -457,7 +196,11 @@ def _network(process: int) -> Iterator[None]:
         try:
             running = stack.enter_context(
                 tools.started(
-                    command, environment=_RUNNER, stdin=reader, stdout=output.fileno(), stderr=output.fileno()
+                    command,
+                    environment=PROCESS_ENVIRONMENT,
+                    stdin=reader,
+                    stdout=output.fileno(),
+                    stderr=output.fileno(),
                 )
             )
         finally:
@@ -489,7 +232,7 @@ def _has_route(process: int) -> bool:
 class Sandbox:
     """A running sandbox. Made by :func:`open_sandbox`."""
 
-    def __init__(self, settings: Settings, ids: _Ids) -> None:
+    def __init__(self, settings: Settings, ids: Ids) -> None:
         self._settings = settings
         self._ids = ids
         self._running = contextlib.ExitStack()
@@ -504,11 +247,11 @@ class Sandbox:
             ApplianceError: it does not start.
         """
         directory, network = self._settings.directory, self._settings.network
-        with _owner(self._ids, ["sh", "-c", "chmod 755 . && chown -R -h 0:0 ."], directory) as command:
-            _finish(command, "handing the build's files to the sandbox")
+        with owner(self._ids, ["sh", "-c", "chmod 755 . && chown -R -h 0:0 ."], directory) as command:
+            finish(command, "handing the build's files to the sandbox")
         memory = self._settings.memory_bytes
         arguments = ["serve", _NAMESERVER if network else "", str(memory) if memory is not None else ""]
-        inside = self._running.enter_context(_inside(arguments, directory))
+        inside = self._running.enter_context(inside_namespace(arguments, directory))
         self._ids.map(inside.process.pid, with_own=False)
         if network:
             self._running.enter_context(_network(inside.process.pid))
@@ -525,8 +268,8 @@ class Sandbox:
         with shielded(), contextlib.ExitStack() as stack:
             self._running.close()
             command = ["rm", "-rf", "--one-file-system", "--", directory.name]
-            inside = stack.enter_context(_owner(self._ids, command, directory.parent))
-            stack.callback(_finish, inside, f"removing '{directory}'")
+            inside = stack.enter_context(owner(self._ids, command, directory.parent))
+            stack.callback(finish, inside, f"removing '{directory}'")
             self._removing = stack.pop_all()
 
     def close(self) -> None:
@@ -549,15 +292,7 @@ class Sandbox:
         on_output: Callable[[bytes], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> JobResult:
-        """Run *command* in the sandbox with exactly *variables*, to its end.
-
-        *functions* is bash text read before it. Output goes to *on_output* as it comes, standard
-        output and standard error in one; without *on_output* the last of it is kept in the result.
-        With *on_event* the command gets one argument more, the token that makes a record an event.
-
-        Raises:
-            ApplianceError: the sandbox died.
-        """
+        """Run *command* as :meth:`virt_dib.jobs.Place.run` has it."""
         token = secrets.token_hex(12) if on_event is not None else None
         text = job_text(command, variables, cwd, functions=functions, token=token)
         tail = Tail()
@@ -579,7 +314,7 @@ class Sandbox:
 
     def is_directory(self, path: str) -> bool:
         """Whether *path*, below ``/dib``, is a directory."""
-        return self.run(["test", "-d", _in_build(path)], _RUNNER, "/").exit_status == 0
+        return self.run(["test", "-d", _in_build(path)], PROCESS_ENVIRONMENT, "/").exit_status == 0
 
     def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
         """The beginning of the file *path*, below ``/dib``.
@@ -589,7 +324,7 @@ class Sandbox:
         """
         data = bytearray()
         command = ["head", f"--bytes={limit_bytes}", "--", _in_build(path)]
-        result = self.run(command, _RUNNER, "/", on_output=data.extend)
+        result = self.run(command, PROCESS_ENVIRONMENT, "/", on_output=data.extend)
         if result.exit_status != 0:
             raise ApplianceError(f"reading '{path}' in the sandbox: {bytes(data).decode(errors='replace').strip()}")
         return bytes(data)
@@ -600,32 +335,59 @@ class Sandbox:
         Raises:
             ApplianceError: it cannot be written.
         """
-        text = job_text(["/bin/bash", "-c", 'exec cat >"$1"', "bash", _in_build(path)], _RUNNER, "/")
+        text = job_text(["/bin/bash", "-c", 'exec cat >"$1"', "bash", _in_build(path)], PROCESS_ENVIRONMENT, "/")
         with _in_memory(data) as stream:
-            self._checked(text, stream.fileno(), f"writing '{path}' in the sandbox")
+            self._kept(text, stream.fileno()).check(f"writing '{path}' in the sandbox")
 
-    def make_build_disk(self, disk: Path, *, size_bytes: int = staging.BUILD_DISK_BYTES) -> None:
-        """Make the build disk of all that is in ``/dib`` now; nothing can run in the sandbox after it.
+    def make_build_disk(self, disk: Path, parts: Sequence[Part] = ()) -> None:
+        """Make the build disk, in the file *disk*, of all that is in ``/dib`` now; no job can run after it.
+
+        What the finished tree has for fillable *parts* of the image is left out, and waits for :meth:`fill`. What
+        it has for the others is in ``/dib/build/parts``, by their numbers.
 
         Raises:
-            ApplianceError: mke2fs fails.
+            ApplianceError: mke2fs fails, or a mount point is behind a link in the tree.
         """
-        # Scratch, as the one that staging makes: no journal and no checksums to compute in an emulated guest.
-        options = ["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^metadata_csum,uninit_bg"]
-        options += ["-E", "lazy_itable_init=1,root_owner=0:0,nodiscard"]
-        text = job_text(["/bin/bash", f"{contract.GUEST}/guest/sandbox-disk.sh", *options], _RUNNER, "/")
-        with disk.open("xb+") as stream:
-            stream.truncate(size_bytes)
-            # It is opened again by the sandbox's root, who is nobody here. The directory is private.
-            os.fchmod(stream.fileno(), 0o666)
-            self._checked(text, stream.fileno(), "making the build disk")
-            os.fchmod(stream.fileno(), 0o600)
+        words = [f"{'fill' if part.fillable else 'copy'}:{part.mount_point}" for part in parts]
+        self._script("sandbox-split.sh", [contract.BUILT, *words]).check("making the build disk")
+        size_kib = staging.BUILD_DISK_BYTES // 1024
+        options = staging.build_disk_options()
+        self._on_disk(disk, [contract.GUEST, "0", str(size_kib), *options]).check("making the build disk")
+
+    def fill(self, number: int, disk: Path, extent: Extent, options: Sequence[str]) -> JobResult:
+        """Make the file system of part *number* of the tree, at *extent* of the file *disk*, with mke2fs's *options*.
+
+        The result has the last of what mke2fs said.
+
+        Raises:
+            ApplianceError: the sandbox died.
+        """
+        words = [f"/run/parts/{number}", str(extent.offset_bytes), str(extent.size_bytes // 1024)]
+        return self._on_disk(disk, [*words, *_with_offset(options, extent.offset_bytes)])
 
     # ---- inside ----
 
-    def _checked(self, text: bytes, standard_input: int, doing: str) -> None:
+    def _on_disk(self, disk: Path, arguments: Sequence[str]) -> JobResult:
+        """Run sandbox-disk.sh on the file *disk*."""
+        with disk.open("rb+") as stream:
+            # It is opened again by the sandbox's root, who is nobody here. The directory is private.
+            os.fchmod(stream.fileno(), 0o666)
+            try:
+                return self._script("sandbox-disk.sh", arguments, stream.fileno())
+            finally:
+                os.fchmod(stream.fileno(), 0o600)
+
+    def _script(self, name: str, arguments: Sequence[str], standard_input: int | None = None) -> JobResult:
+        """Run one of our own scripts that no job of an element may see."""
+        text = job_text(["/bin/bash", f"{contract.GUEST}/guest/{name}", *arguments], PROCESS_ENVIRONMENT, "/")
+        if standard_input is not None:
+            return self._kept(text, standard_input)
+        with open("/dev/null", "rb") as nothing:
+            return self._kept(text, nothing.fileno())
+
+    def _kept(self, text: bytes, standard_input: int) -> JobResult:
         tail = Tail()
-        JobResult(exit_status=self._run(text, standard_input, tail.add), tail=tail.text()).check(doing)
+        return JobResult(exit_status=self._run(text, standard_input, tail.add), tail=tail.text())
 
     def _run(self, text: bytes, standard_input: int, on_output: Callable[[bytes], None]) -> int:
         # The text itself comes as descriptor 3, which is none of the job's business.
@@ -663,6 +425,20 @@ class Sandbox:
                 return int(status)
 
 
+def _with_offset(options: Sequence[str], offset_bytes: int) -> list[str]:
+    """*options* of mke2fs with an offset among the extended ones, of which it takes the last alone."""
+    kept: list[str] = []
+    # As in the appliance, where the kernel finishes the inode tables.
+    extended = "lazy_itable_init=1"
+    words = iter(options)
+    for word in words:
+        if word.startswith("-E"):
+            extended = f"lazy_itable_init=1,{word[2:] or next(words, '')}"
+        else:
+            kept.append(word)
+    return [*kept, "-E", f"{extended},nodiscard,offset={offset_bytes}"]
+
+
 def _in_build(path: str) -> str:
     if not path.startswith(contract.GUEST + "/"):
         raise ValueError(path)
@@ -690,7 +466,7 @@ def open_sandbox(settings: Settings) -> Iterator[Sandbox]:
     found = [*problems(network=settings.network), *_directory_problems(settings.directory)]
     if found:
         raise PrerequisiteError.of(found)
-    sandbox = Sandbox(settings, _find_ids())
+    sandbox = Sandbox(settings, find_ids())
     try:
         sandbox.start()
         yield sandbox
@@ -723,57 +499,3 @@ def spare_memory_bytes() -> int | None:
     if limit is not None and limit.isdigit():
         available = min(available, int(limit))
     return available // 2 if available // 2 >= _USUAL_TREE_BYTES else None
-
-
-# ---- leftovers ----
-
-
-@contextlib.contextmanager
-def claimed(workspace: Path) -> Iterator[None]:
-    """Hold the directory of a build, so that no other virt-dib takes it for the leftover of a killed one."""
-    descriptor, name = tempfile.mkstemp(prefix=_LOCK, dir=workspace)
-    try:
-        # Locked before it has the name that the others look for.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.rename(name, workspace / _LOCK)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(parent: Path) -> list[Path]:
-    """Remove what killed builds of this user have left in *parent*; return what is gone."""
-    gone = []
-    for workspace in sorted(parent.glob(_WORKSPACES)):
-        with contextlib.suppress(OSError), _abandoned(workspace) as abandoned:
-            if abandoned:
-                _remove(workspace)
-                gone += [] if workspace.exists() else [workspace]
-    return gone
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory with files of a sandbox in it, quietly."""
-    command = ["rm", "-rf", "--one-file-system", "--", directory.name]
-    with contextlib.suppress(ApplianceError, PrerequisiteError, ToolError), shielded():
-        if os.geteuid() == 0:
-            # Whose files they are is not known: each sandbox of root's has ids of its own.
-            tools.run(command, doing=f"removing '{directory}'", cwd=directory.parent)
-        else:
-            with _owner(_find_ids(), command, directory.parent) as inside:
-                _finish(inside, f"removing '{directory}'")
-
-
-@contextlib.contextmanager
-def _abandoned(workspace: Path) -> Iterator[bool]:
-    """Whether *workspace* is one of this user's that nobody holds; nobody else can take it meanwhile."""
-    state = workspace.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
-        yield False
-        return
-    descriptor = os.open(workspace / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    finally:
-        os.close(descriptor)

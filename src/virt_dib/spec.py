@@ -21,6 +21,17 @@ class Where(enum.Enum):
     """In the appliance, inside the image's tree."""
 
 
+class Isolation(enum.Enum):
+    """What keeps the scripts of the tree stage from the host (docs/isolation.md)."""
+
+    VM = "vm"
+    """The appliance."""
+    SANDBOX = "sandbox"
+    """Namespaces of the host's kernel."""
+    AUTO = "auto"
+    """The appliance where KVM works, otherwise the sandbox where that works."""
+
+
 class Phase(enum.Enum):
     """The hook directories of elements, in the order they run (contract section 1.4)."""
 

@@ -75,6 +75,12 @@ class CopiedOut:
     """Names of links, devices and the like, as the guest wrote them."""
 
 
+def build_disk_options() -> tuple[str, ...]:
+    """The options of mke2fs for a build disk: scratch, so no journal and no checksums to compute in the guest."""
+    features, extended = "^has_journal,^metadata_csum,uninit_bg", "lazy_itable_init=1,root_owner=0:0,nodiscard"
+    return ("-q", "-t", "ext4", "-m", "0", "-O", features, "-E", extended)
+
+
 def no_room(directory: Path) -> ToolError:
     """The error for a full file system under the files of a build."""
     return ToolError(f"gathering the files of the build in '{directory}': no space left", hint=_NO_ROOM_HINT)
@@ -161,21 +167,22 @@ class Staging:
         """Write the file *name*, relative to the top."""
         (self.directory / name).write_text(text, encoding="utf-8", errors="surrogateescape")
 
+    def finish(self) -> Path:
+        """Everything has been put in: the directory, complete."""
+        (self.directory / "host-files.list").write_bytes(b"".join(os.fsencode(p) + b"\0" for p in self._host_files))
+        return self.directory
+
     def make_disk(self, disk: Path) -> None:
-        """Make the build disk of everything put in, and drop the directory.
+        """Make the build disk, in the file *disk*, of everything put in, and drop the directory.
 
         Raises:
             ToolError: no space, or no mke2fs.
         """
-        (self.directory / "host-files.list").write_bytes(b"".join(os.fsencode(p) + b"\0" for p in self._host_files))
+        self.finish()
         mke2fs = tools.require("mke2fs", purpose="make the build disk", package="e2fsprogs")
         with disk.open("xb") as stream:
             stream.truncate(BUILD_DISK_BYTES)
-        # Scratch: no journal and no checksums to compute in an emulated guest.
-        command: list[str | Path] = [
-            mke2fs, "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal,^metadata_csum,uninit_bg",
-            "-E", "lazy_itable_init=1,root_owner=0:0,nodiscard", "-d", self.directory, disk,
-        ]  # fmt: skip
+        command: list[str | Path] = [mke2fs, "-F", *build_disk_options(), "-d", self.directory, disk]
         try:
             tools.run(command, doing="making the build disk")
         except ToolError as error:

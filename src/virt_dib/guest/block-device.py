@@ -4,9 +4,10 @@
     block-device.py ANSWERS COMMAND [COMMAND ...]
     block-device.py --serve DIRECTORY
 
-Each COMMAND is one of dib-block-device's (``init``, ``create`` ...), ``getval:KEY`` or ``check``, which
-builds the graph of devices without making any, so that a wrong configuration is found early. What the
-getval commands print goes into the JSON file ANSWERS. The configuration is the one that the variable
+Each COMMAND is one of dib-block-device's (``init``, ``create`` ...), ``getval:KEY``, ``check``, which
+builds the graph of devices without making any, so that a wrong configuration is found early, or ``mounts``,
+which tells what 'create' has made and mounted. What the getval commands and 'mounts' print goes into the JSON
+file ANSWERS. The configuration is the one that the variable
 DIB_BLOCK_DEVICE_PARAMS_YAML names.
 
 Python needs seconds to import DIB in an emulated guest. With ``--serve`` a process does that in the background
@@ -44,6 +45,22 @@ def run(command: str) -> str:
     return printed.getvalue().rstrip("\n")
 
 
+def mounts() -> str:
+    """The file systems in the order of mounting: JSON of a list of objects."""
+    import yaml  # noqa: PLC0415 - see load
+
+    with open(os.environ["DIB_BLOCK_DEVICE_PARAMS_YAML"]) as stream:
+        params = yaml.safe_load(stream)
+    with open(os.path.join(params["build-dir"], "states", "block-device", "state.json")) as stream:
+        state = json.load(stream)
+    found = []
+    for point in state["mount_order"]:
+        file_system = state["filesys"][state["mount"][point]["base"]]
+        if file_system["fstype"] != "swap":
+            found.append({**file_system, "opts": file_system["opts"] or [], "mount_point": point})
+    return json.dumps(found)
+
+
 def perform(answers_path: str, commands: list[str]) -> str:
     """Run the commands. Return an empty text, or what went wrong: the command and the last thing DIB said."""
     answers = {}
@@ -51,6 +68,8 @@ def perform(answers_path: str, commands: list[str]) -> str:
         try:
             if command == "check":
                 check()
+            elif command == "mounts":
+                answers[command] = mounts()
             else:
                 answers[command] = run(command)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever DIB raises, it is reported

@@ -1,16 +1,16 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# sandbox-disk.sh OPTION...: make a file system of /dib by mke2fs with its options, in the file on standard input.
+# sandbox-disk.sh DIRECTORY OFFSET_BYTES SIZE_KIB OPTION...: make a file system of DIRECTORY with these options of
+# mke2fs, at a place in the file on standard input.
 
 set -eu
 
-# The build is over: nothing may write any more, and nothing may lie over what is to be read.
-kill -KILL -1 2>/dev/null || true
-awk '{ print $2 }' /proc/self/mounts | LC_ALL=C sort -r | while IFS= read -r point; do
-    # The kernel writes blanks and the like in octal.
-    point=$(printf '%b' "${point//\\/\\0}")
-    [[ $point != /dib/* ]] || umount -l "$point"
-done
-mke2fs "$@" -d /dib /proc/self/fd/0
-exec /usr/bin/python3 -I -S /dib/guest/sandbox-restore.py /dib /proc/self/fd/0
+directory=$1
+offset_bytes=$2
+size_kib=$3
+shift 3
+# What was there before would take space for nothing. Not every file system can do this.
+fallocate --punch-hole --offset "$offset_bytes" --length "$((size_kib * 1024))" /proc/self/fd/0 2>/dev/null || true
+mke2fs -F "$@" -d "$directory" /proc/self/fd/0 "${size_kib}k"
+exec /usr/bin/python3 -I -S /dib/guest/sandbox-restore.py "$directory" "/proc/self/fd/0?offset=$offset_bytes"

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give the files of a file system that 'mke2fs -d' has made what it leaves out, or what the sandbox could not do.
 
-    sandbox-restore.py DIRECTORY IMAGE
+    sandbox-restore.py DIRECTORY IMAGE[?offset=BYTES]
 
 1. The times, to the nanosecond. mke2fs 1.47.0 copies whole seconds, of which it keeps 32 bits: what is later
    than January 2038 becomes 1902.
 2. Device nodes, for which the sandbox has empty files that say so (class Nodes of ``sandbox-init.py``).
+3. The owner and the mode of the directory at the top.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EXTRA_SIZE, EXTRA_TIMES_END = 0x80, 0x90 - 0x80
 TIMES = {"st_atime_ns": (0x08, 0x8C), "st_ctime_ns": (0x0C, 0x84), "st_mtime_ns": (0x10, 0x88)}
 NANOSECONDS = 10**9
 NODE_ATTRIBUTE = "user.virt-dib.node"
-MODE, FLAGS, BLOCKS = 0x00, 0x20, 0x28
+MODE, GROUP, FLAGS, BLOCKS = 0x00, 0x18, 0x20, 0x28
 EXTENTS_FLAG = 0x80000
 OLD_DEVICE_LIMIT = 256
 # The kinds of nodes: the type in the mode, and the type in a directory entry.
@@ -93,6 +94,13 @@ class FileSystem:
         struct.pack_into("<2I52x", content, BLOCKS, *((major << 8 | minor, 0) if old else (0, new_number)))
         self._write(inode, content)
 
+    def set_top(self, state: os.stat_result) -> None:
+        """Write the owner and the mode of *state* into the root."""
+        content = self._read(ROOT_INODE)
+        struct.pack_into("<HH", content, MODE, state.st_mode & 0xFFFF, state.st_uid & 0xFFFF)
+        struct.pack_into("<H", content, GROUP, state.st_gid & 0xFFFF)
+        self._write(ROOT_INODE, content)
+
     def set_times(self, inode: int, state: os.stat_result) -> None:
         """Write the times of *state*."""
         content = self._read(inode)
@@ -125,6 +133,9 @@ class FileSystem:
 def restore(file_system: FileSystem, top: bytes) -> None:
     """Go through everything below *top*, which is the root of *file_system*."""
     waiting = [(top, ROOT_INODE)]
+    state = os.stat(top)
+    file_system.set_top(state)
+    file_system.set_times(ROOT_INODE, state)
     nodes = set()
     while waiting:
         path, directory = waiting.pop()

@@ -20,10 +20,15 @@ mkdir -p /dib
 mount --bind /sysroot /dib
 cd /dib
 
-# The host makes the build disk as an ordinary user; in the guest its files are root's.
-chown -R -h 0:0 build elements guest home image out site host-files jobs tmp
+# The host makes the build disk as an ordinary user; in the guest its files are root's. When a sandbox has made it
+# everything has its owner already, the image's tree above all.
+if [[ $(stat -c %u:%g guest) != 0:0 ]]; then
+    chown -R -h 0:0 build elements guest home image out site host-files jobs tmp
+fi
 chmod 1777 tmp
-chmod 755 build build/mnt
+chmod 755 build
+# In the disk stage alone there is none yet.
+[[ ! -d build/mnt ]] || chmod 755 build/mnt
 
 # Temporary files go to the build disk, which is as large as the build needs.
 cp -a /tmp/. tmp/

@@ -49,6 +49,7 @@ after_root() {
         echo nameserver 8.8.8.8 >"$root/etc/resolv.conf"
     fi
     chmod 777 "$root/etc/resolv.conf"
+    cp "$root/etc/resolv.conf" "${root%/*}/resolv.conf"
     mkdir -p "$hooks/environment.d"
     # shellcheck disable=SC2016 # expanded when the phases source it
     printf 'export DIB_DEFAULT_INSTALLTYPE=${DIB_DEFAULT_INSTALLTYPE:-"%s"}\n' "$install_type" \
@@ -67,10 +68,57 @@ set_aside() {
     du -s -x -k "$built" | cut -f1 >"${built%/*}/tree-size-kib"
 }
 
+# The appliance may have another name server than the sandbox had. What an element wrote there stays.
+use_resolver() {
+    local root=$1
+    if [[ ! -L $root/etc/resolv.conf ]] && cmp -s "${root%/*}/resolv.conf" "$root/etc/resolv.conf"; then
+        cat /etc/resolv.conf >"$root/etc/resolv.conf" 2>/dev/null || echo nameserver 8.8.8.8 >"$root/etc/resolv.conf"
+    fi
+}
+
 # Copy the tree, dot files at its top included, into the mounted image.
 copy_tree() {
     local built=$1 root=$2
     cp -a "$built/." "$root/"
+    use_resolver "$root"
+    mount_kernel "$root"
+}
+
+# Unmount the file systems of the image, given in the order of mounting, so that the host can fill them.
+make_way() {
+    local root=$1 number
+    shift
+    for ((number = $#; number > 0; number--)); do
+        umount "$root${!number%/}"
+    done
+    sync
+}
+
+# Mount the file systems again: KIND DEVICE POINT of each, in the order of mounting. What the kernel remembers of
+# the devices is older than what is on them.
+take_over() {
+    local built=$1 root=$2 device number=0
+    shift 2
+    for device in /dev/disk/guestfs/image /dev/mapper/dib-* "${@}"; do
+        [[ ! -b $device ]] || blockdev --flushbufs "$device"
+    done
+    echo 3 >/proc/sys/vm/drop_caches
+    while [[ $# -gt 0 ]]; do
+        mount "$2" "$root${3%/}"
+        [[ $1 != copy ]] || cp -a "${built%/*}/parts/$number/." "$root$3/"
+        number=$((number + 1))
+        shift 3
+    done
+    if [[ -z $(find "$root" -mindepth 1 -maxdepth 1 ! -name lost+found -print -quit) ]]; then
+        echo "the root file system is empty" >&2
+        exit 1
+    fi
+    # dib-block-device wrote it where the tree would be copied from.
+    if [[ -e $built/etc/fstab ]]; then
+        mkdir -p "$root/etc"
+        cp "$built/etc/fstab" "$root/etc/fstab"
+    fi
+    use_resolver "$root"
     mount_kernel "$root"
 }
 

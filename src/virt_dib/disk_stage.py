@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disk stage: from the finished tree to an image disk, in the appliance, with DIB's own dib-block-device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from virt_dib import environment as contract
+from virt_dib import layout
+from virt_dib.appliance import Appliance
+from virt_dib.errors import ApplianceError
+from virt_dib.jobs import JobResult
+from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script
+from virt_dib.plan import BuildPlan
+from virt_dib.sandbox import Extent
+from virt_dib.spec import DISK_PHASES, Phase
+
+STEPS = ("making the image disk", "copying the tree", "cleaning up")
+"""What the report shows besides the phases."""
+
+_BLOCK_DEVICE_DIR = f"{contract.BUILD_DIR}/block-device"
+_ANSWER_LIMIT = 16384
+_NO_ROOM = re.compile(r"No space left on device|Could not allocate (?:block|inode)|No free space in the directory")
+"""What cp and mke2fs say when a tree is too large."""
+
+
+class Filler(Protocol):
+    """Makes file systems of parts of the tree, while the appliance lets go of them: the sandbox."""
+
+    def fill(self, number: int, disk: Path, extent: Extent, options: Sequence[str]) -> JobResult:
+        """Make that of part *number* at *extent* of the file *disk*, with *options* of mke2fs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FileSystem:
+    """A file system that dib-block-device has made and mounted."""
+
+    mount_point: str
+    device: str
+    fstype: str
+    label: str
+    uuid: str
+    opts: tuple[str, ...]
+
+    @property
+    def mke2fs_options(self) -> list[str]:
+        """Those that DIB gave to mkfs (diskimage_builder/block_device/level2/mkfs.py)."""
+        return ["-q", "-t", self.fstype, *(word for word in self.opts if word), "-L", self.label, "-U", self.uuid]
+
+
+class DiskStage:
+    """The disk stage of one build in a running appliance."""
+
+    def __init__(self, plan: BuildPlan, phases: Phases, appliance: Appliance, image_disk: Path) -> None:
+        self._plan = plan
+        self._phases = phases
+        self._appliance = appliance
+        self._image_disk = image_disk
+        self._facts = plan.facts
+
+    def load(self) -> None:
+        """Have DIB imported in the background, while the tree is being made."""
+        command = ["/usr/bin/python3", "-S", f"{GUEST_SCRIPTS}/block-device.py", "--serve", _BLOCK_DEVICE_DIR]
+        self._appliance.run(command, self._variables(), contract.OUT).check("starting dib-block-device")
+
+    def make_image(self, tree_kib: int, filler: Filler | None) -> int:
+        """Make the image of a tree of that size; return the size of the image in bytes.
+
+        Without *filler* the tree is on the build disk, and is copied. With one, all but the parts that it fills is
+        on the build disk in ``parts``.
+
+        Raises:
+            ScriptError: a script failed.
+            ApplianceError: dib-block-device failed, or the tree does not fit.
+        """
+        plan = self._plan
+        size_kib = layout.image_size_kib(plan.spec, plan.elements, plan.layout.block_devices.root_fstype, tree_kib)
+        self._facts = dataclasses.replace(self._facts, image_size_kib=size_kib)
+        self._phases.run(self._appliance, Phase.BLOCK_DEVICE, self._facts)
+        with self._phases.step(STEPS[0]):
+            file_systems = self._create(size_kib)
+        with self._phases.step(STEPS[1]):
+            result = self._copy() if filler is None else self._fill(file_systems, filler)
+            if result.exit_status != 0 and _NO_ROOM.search(result.tail):
+                raise ApplianceError(
+                    f"copying the tree of {tree_kib // 1024} MiB into the image: no space left in the image of "
+                    f"{size_kib // 1024} MiB",
+                    hint="give a larger --size, or --size auto",
+                )
+            result.check("copying the tree into the image")
+        for phase in DISK_PHASES[1:]:
+            self._phases.run(self._appliance, phase, self._facts)
+        with self._phases.step(STEPS[2]):
+            points = plan.layout.block_devices.mount_points.split("|")
+            guest_script(self._appliance, "tree.sh", "clean", contract.TREE, *points).check("cleaning the image")
+            self._block_device("unmounting the image", "umount", "cleanup")
+        return plan.layout.images[0].size_bytes or size_kib * 1024
+
+    # ---- inside ----
+
+    def _create(self, size_kib: int) -> list[_FileSystem]:
+        """Partitions, file systems, mounts, fstab."""
+        plan = self._plan
+        for image in plan.layout.images:
+            arguments = [f"{image.directory}/{image.name}.raw", str(image.offset_bytes)]
+            size_bytes = image.size_bytes or size_kib * 1024
+            result = guest_script(self._appliance, "image-disk.sh", *arguments, str(size_bytes))
+            result.check("laying out the image disk")
+        options = layout.mkfs_options(plan.spec, plan.layout.block_devices.root_fstype)
+        params = layout.params_text(plan.layout, size_kib=size_kib, options=options)
+        self._appliance.write(contract.PARAMS, params.encode())
+        wanted = ("getval:image-block-device", "getval:image-block-devices", "mounts")
+        device, devices, mounts = self._block_device(STEPS[0], "init", "create", *wanted, "writefstab")
+        self._facts = dataclasses.replace(self._facts, image_block_device=device, image_block_devices=devices)
+        return _file_systems(mounts)
+
+    def _copy(self) -> JobResult:
+        return guest_script(self._appliance, "tree.sh", "copy_tree", contract.BUILT, contract.TREE)
+
+    def _fill(self, file_systems: Sequence[_FileSystem], filler: Filler) -> JobResult:
+        """Exchange the empty file systems for filled ones, made natively with the same options."""
+        parts = self._plan.layout.parts
+        points = [file_system.mount_point for file_system in file_systems]
+        if points != [part.mount_point for part in parts]:
+            raise ApplianceError(f"filling the image: dib-block-device has mounted {points}, which was not to be")
+        chosen = [number for number, part in enumerate(parts) if part.fillable]
+        if not all(layout.are_plain_options(file_systems[number].opts) for number in chosen):
+            raise ApplianceError("filling the image: dib-block-device has used options which were not to be")
+        extents = self._extents([file_systems[number] for number in chosen])
+        guest_script(self._appliance, "tree.sh", "make_way", contract.TREE, *points).check("unmounting the image")
+        for number, extent in zip(chosen, extents, strict=True):
+            result = filler.fill(number, self._image_disk, extent, file_systems[number].mke2fs_options)
+            if result.exit_status != 0:
+                return result
+        words = [
+            word
+            for part, file_system in zip(parts, file_systems, strict=True)
+            for word in ("fill" if part.fillable else "copy", file_system.device, part.mount_point)
+        ]
+        return guest_script(self._appliance, "tree.sh", "take_over", contract.BUILT, contract.TREE, *words)
+
+    def _extents(self, file_systems: Sequence[_FileSystem]) -> list[Extent]:
+        """Where they lie on the image disk."""
+        image = self._plan.layout.images[0]
+        devices = [file_system.device for file_system in file_systems]
+        result = guest_script(self._appliance, "image-places.sh", f"{image.directory}/{image.name}.raw", *devices)
+        result.check("looking where the file systems lie")
+        most_bytes = self._plan.layout.disk_bytes - image.offset_bytes
+        extents = []
+        for line in result.tail.splitlines():
+            if not re.fullmatch(r"[0-9]{1,18} [0-9]{1,18}", line):
+                raise ApplianceError("looking where the file systems lie: the guest gave no numbers")
+            offset_bytes, size_bytes = map(int, line.split())
+            if offset_bytes + size_bytes > most_bytes:
+                raise ApplianceError("looking where the file systems lie: outside of the image")
+            extents.append(Extent(offset_bytes + image.offset_bytes, size_bytes))
+        return extents
+
+    def _block_device(self, doing: str, *commands: str) -> list[str]:
+        """Run commands of dib-block-device in the appliance; return what each that answers printed."""
+        answers = f"{contract.BUILD_DIR}/answers.json"
+        output = _Lines(self._phases.monitor.output)
+        result = self._appliance.run(
+            [f"{GUEST_SCRIPTS}/block-device.sh", _BLOCK_DEVICE_DIR, answers, *commands],
+            self._variables(),
+            contract.OUT,
+            on_output=output.feed,
+        )
+        if result.exit_status != 0:
+            advice = "is --size large enough for all partitions? " if "create" in commands else ""
+            raise ApplianceError(f"{doing}: {output.last}", hint=advice + self._phases.where())
+        wanted = [command for command in commands if command.startswith("getval:") or command == "mounts"]
+        return _answers(self._appliance.read(answers), wanted)
+
+    def _variables(self) -> dict[str, str]:
+        return contract.for_phase(self._facts, Phase.BLOCK_DEVICE) | {"PYTHONPATH": contract.SITE}
+
+
+def _answers(text: bytes, wanted: Sequence[str]) -> list[str]:
+    """The guest's answers to *wanted*, if they are what answers look like."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ApplianceError("reading the answers of dib-block-device: they are not JSON") from error
+    values = [found.get(key) for key in wanted] if isinstance(found, dict) else [None]
+    if not all(isinstance(value, str) and len(value) < _ANSWER_LIMIT and value.isprintable() for value in values):
+        raise ApplianceError("reading the answers of dib-block-device: they are not what was asked for")
+    return [str(value) for value in values]
+
+
+def _file_systems(text: str) -> list[_FileSystem]:
+    """What the guest says it has mounted, if it can be."""
+    try:
+        return [_file_system(entry) for entry in json.loads(text)]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ApplianceError("reading what dib-block-device has mounted: it makes no sense") from error
+
+
+def _file_system(entry: Mapping[str, Any]) -> _FileSystem:
+    words = {name: entry[name] for name in ("mount_point", "device", "fstype", "label", "uuid")}
+    options = tuple(entry["opts"])
+    if not all(isinstance(word, str) for word in (*words.values(), *options)):
+        raise TypeError
+    return _FileSystem(**words, opts=options)
+
+
+class _Lines:
+    """Passes output on and remembers its last line that says something."""
+
+    def __init__(self, sink: Callable[[bytes], None]) -> None:
+        self._sink = sink
+        self._end = b""
+
+    def feed(self, data: bytes) -> None:
+        self._sink(data)
+        self._end = (self._end + data)[-4096:]
+
+    @property
+    def last(self) -> str:
+        lines = [line.strip() for line in self._end.decode(errors="replace").splitlines() if line.strip()]
+        return "".join(c if c.isprintable() else "?" for c in lines[-1]) if lines else "no reason given"

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's subordinate ids, and processes in user namespaces over them.
+
+What a sandbox writes belongs to those ids; only in such a namespace can it be read, or removed. The programs
+there are started by ``guest/sandbox-init.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pwd
+import secrets
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from virt_dib import layout, tools
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
+from virt_dib.interrupts import shielded
+
+IDS = 1 << 16
+"""How many user ids, and group ids, a sandbox has."""
+PROCESS_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+"""What sandbox-init.py and our own programs in a sandbox get."""
+
+_MESSAGE_BYTES = 1 << 16
+_END_TIMEOUT_S = 10.0
+_PRIVATE_FIRST, _PRIVATE_LAST = 0x80000, 0x6FFF0000
+"""Where root's private ranges are: those that systemd has set aside for containers."""
+_NO_NEW_PRIVILEGES = 39
+"""prctl's PR_GET_NO_NEW_PRIVS."""
+
+_Range = tuple[int, int]
+"""First id on the host, and how many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ids:
+    """The host's ids that are those from 0 on in the sandbox."""
+
+    uids: tuple[_Range, ...]
+    gids: tuple[_Range, ...]
+
+    def map(self, process: int, *, with_own: bool) -> None:
+        """Write the maps of a process that has made a user namespace.
+
+        *with_own*: the ids of the user follow, so that files can change hands.
+
+        Raises:
+            ToolError: newuidmap refuses it.
+        """
+        for program, ranges, own in (("newuidmap", self.uids, os.geteuid()), ("newgidmap", self.gids, os.getegid())):
+            lines, inside = [], 0
+            for first, count in ranges:
+                lines.append((inside, first, count))
+                inside += count
+            if with_own and not any(first <= own < first + count for first, count in ranges):
+                lines.append((inside, own, 1))
+            if os.geteuid() == 0:
+                text = "".join(f"{' '.join(map(str, line))}\n" for line in lines)
+                Path(f"/proc/{process}/{program[3:6]}_map").write_text(text)
+            else:
+                words = [str(number) for line in lines for number in line]
+                path = tools.require(program, purpose="use subordinate ids", package="uidmap")
+                tools.run([path, str(process), *words], doing="mapping the user's subordinate ids")
+
+
+def id_problems() -> Iterator[Problem]:
+    """What keeps this user from subordinate ids."""
+    try:
+        find_ids()
+    except PrerequisiteError as error:
+        yield from error.problems
+    if os.geteuid() == 0:
+        return
+    for name in ("newuidmap", "newgidmap"):
+        path = tools.find(name)
+        if path is None:
+            yield Problem(f"'{name}' not found, needed to use subordinate ids", "install it: apt-get install uidmap")
+        elif not path.stat().st_mode & stat.S_ISUID and not _has_capabilities(path):
+            yield Problem(
+                f"'{path}' has lost its rights: it is neither setuid root nor has file capabilities",
+                "install its package again: apt-get install --reinstall uidmap",
+            )
+    if ctypes.CDLL(None).prctl(_NO_NEW_PRIVILEGES, 0, 0, 0, 0) == 1:
+        yield Problem(
+            "this process may not gain rights (no_new_privs), so that newuidmap cannot do its work",
+            "start virt-dib without --no-new-privs; in a container, without --security-opt no-new-privileges",
+        )
+
+
+def _has_capabilities(path: Path) -> bool:
+    try:
+        return "security.capability" in os.listxattr(path)
+    except OSError:
+        return False
+
+
+# ---- ids ----
+
+
+def find_ids() -> Ids:
+    """The ids for a sandbox of this user's.
+
+    Raises:
+        PrerequisiteError: there are not enough of them; for uids and gids each.
+    """
+    find = _private_range if os.geteuid() == 0 else _own_ranges
+    found: list[tuple[_Range, ...]] = []
+    missing: list[Problem] = []
+    for kind in ("uid", "gid"):
+        answer = find(kind)
+        if isinstance(answer, Problem):
+            missing.append(answer)
+        else:
+            found.append(answer)
+    if missing:
+        raise PrerequisiteError.of(missing)
+    return Ids(uids=found[0], gids=found[1])
+
+
+def _own_ranges(kind: str) -> tuple[_Range, ...] | Problem:
+    user = os.geteuid()
+    try:
+        name = pwd.getpwuid(user).pw_name
+    except KeyError:
+        name = str(user)
+    return subordinate_ranges(kind, Path(f"/etc/sub{kind}"), (name, str(user)))
+
+
+def subordinate_ranges(kind: str, path: Path, names: Sequence[str]) -> tuple[_Range, ...] | Problem:
+    """As much as is needed of a user's entries in the file *path* (subuid(5)); the user has all of *names*."""
+    left, ranges = IDS, []
+    for owner, first, count in _entries(path):
+        if owner in names and left:
+            taken = min(count, left)
+            ranges.append((first, taken))
+            left -= taken
+    if left == 0:
+        return tuple(ranges)
+    return Problem(
+        f"user '{names[0]}' has {IDS - left or 'no'} subordinate {kind}s in '{path}', of {IDS} needed",
+        f"as root: usermod --add-sub{kind}s FIRST-LAST {names[0]}, with a range of {IDS} that nobody else has there",
+    )
+
+
+def _entries(path: Path) -> Iterator[tuple[str, int, int]]:
+    """The lines of a file as subuid(5) describes it: owner, first id, how many."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        owner, *numbers = line.split(":")
+        if len(numbers) == 2 and all(number.isdigit() for number in numbers):  # noqa: PLR2004 - subuid(5)
+            yield owner, int(numbers[0]), int(numbers[1])
+
+
+def _private_range(kind: str) -> tuple[_Range, ...] | Problem:
+    """For root: a range that no user and no entry of subordinate ids has; or all there is in a container."""
+    lines = Path(f"/proc/self/{kind}_map").read_text().splitlines()
+    mapped = [(first, count) for first, _outside, count in (map(int, line.split()) for line in lines)]
+    taken = [(first, count) for _, first, count in _entries(Path(f"/etc/sub{kind}"))]
+    slots = (_PRIVATE_LAST - _PRIVATE_FIRST) // IDS
+    begin = secrets.randbelow(slots)
+    for number in range(slots):
+        first = _PRIVATE_FIRST + (begin + number) % slots * IDS
+        if any(start <= first and first + IDS <= start + count for start, count in mapped) and not any(
+            start < first + IDS and first < start + count for start, count in taken
+        ):
+            return ((first, IDS),)
+    # Root of a user namespace of the usual size, as containers have it: its ids are already nobody's on the host.
+    # The kernel wants each piece of a map within one piece of the map above.
+    pieces = tuple((first, min(count, IDS - first)) for first, count in sorted(mapped) if first < IDS)
+    available = sum(count for _, count in pieces)
+    if available == IDS:
+        return pieces
+    return Problem(
+        f"this user namespace has {available} {kind}s, of {IDS} needed",
+        "give the container more subordinate ids, or run virt-dib as an ordinary user outside",
+    )
+
+
+# ---- processes in user namespaces ----
+
+
+class _Process(Protocol):
+    """As much of a process as is used here."""
+
+    pid: int
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, when it has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A process of ``sandbox-init.py`` and the socket to it."""
+
+    process: _Process
+    socket: socket.socket
+    output: IO[bytes]
+
+    def receive(self) -> tuple[str, list[int]]:
+        """What it says: a message, and descriptors that came with it.
+
+        Raises:
+            ApplianceError: it has failed, or is dead.
+        """
+        try:
+            data, descriptors, _flags, _address = socket.recv_fds(self.socket, _MESSAGE_BYTES, 1)
+        except ConnectionError:
+            data, descriptors = b"", []
+        message = data.decode(errors="replace")
+        if message and not message.startswith("failed "):
+            return message, descriptors
+        reason = message.removeprefix("failed ") or "it died"
+        said = [line.strip() for line in self.said().splitlines() if line.strip()]
+        raise ApplianceError(
+            " / ".join([f"running the sandbox: {reason}", *said[-5:]]),
+            hint=None if message else "perhaps this host ran out of memory",
+        )
+
+    def said(self) -> str:
+        """What it has printed."""
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+    def expect(self, wanted: str) -> None:
+        """Wait for the message *wanted*."""
+        message, _ = self.receive()
+        if message != wanted:
+            raise ApplianceError(f"running the sandbox: it says '{message[:80]}' instead of '{wanted}'")
+
+    def send(self, message: bytes, *descriptors: int) -> None:
+        """Tell it something."""
+        try:
+            socket.send_fds(self.socket, [message], descriptors)
+        except OSError:
+            self.receive()
+            raise
+
+
+@contextlib.contextmanager
+def inside_namespace(arguments: Sequence[str], directory: Path) -> Iterator[Inside]:
+    """Start ``sandbox-init.py`` in *directory*; when the block ends it is gone, and with it all it has started."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with (
+        ours,
+        theirs,
+        tempfile.TemporaryFile() as output,
+        tools.started(
+            [*init_command(), *arguments],
+            environment=PROCESS_ENVIRONMENT,
+            stdin=theirs.fileno(),
+            stdout=output.fileno(),
+            stderr=output.fileno(),
+            cwd=directory,
+        ) as process,
+    ):
+        theirs.close()
+        try:
+            inside = Inside(process, ours, output)
+            inside.expect("unshared")
+            yield inside
+        finally:
+            with shielded():
+                # It ends by itself, and only when everything in its namespaces has ended.
+                ours.close()
+                with contextlib.suppress(Exception):
+                    process.wait(_END_TIMEOUT_S)
+
+
+def init_command() -> list[str]:
+    """The command that starts sandbox-init.py."""
+    return [sys.executable, "-I", "-S", str(layout.guest_script("sandbox-init.py"))]
+
+
+@contextlib.contextmanager
+def owner(ids: Ids, command: Sequence[str], directory: Path) -> Iterator[Inside]:
+    """Start *command* in *directory* with all rights over the user's own files and those of the sandbox."""
+    with inside_namespace(["own", *command], directory) as inside:
+        ids.map(inside.process.pid, with_own=True)
+        inside.send(b"go")
+        yield inside
+
+
+def finish(inside: Inside, doing: str) -> None:
+    """Wait for a command that :func:`owner` has started.
+
+    Raises:
+        ApplianceError: it has failed.
+    """
+    # The socket closes with the command.
+    failure = inside.socket.recv(_MESSAGE_BYTES).decode(errors="replace").removeprefix("failed ")
+    if inside.process.wait() != 0 or failure:
+        said = [line for line in [failure, *inside.said().splitlines()] if line.strip()]
+        raise ApplianceError(f"{doing}: {said[-1] if said else 'it failed'}")

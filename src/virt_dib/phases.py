@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phases and steps of a build, wherever they run: shown, timed, and turned into results or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+from virt_dib import environment as contract
+from virt_dib.environment import Facts
+from virt_dib.errors import ScriptError
+from virt_dib.jobs import STATUS, Event, JobResult, Place
+from virt_dib.monitor import BuildMonitor
+from virt_dib.report import PhaseResult, ScriptResult
+from virt_dib.spec import Phase, Where
+
+GUEST_SCRIPTS = f"{contract.GUEST}/guest"
+LAST_LINES = 10
+"""How much of a script's output an error shows."""
+
+_RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
+_MOST_RESULTS = 10_000
+"""Scripts of a phase in the report; a guest may forge any number."""
+
+
+class Phases:
+    """Runs the phases and steps of one build, one after the other."""
+
+    def __init__(self, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
+        self._owners = owners
+        """Of scripts, ``PHASE/NAME``, the elements they are from."""
+        self.monitor = monitor
+        self.results: list[PhaseResult] = []
+
+    def run(self, place: Place, phase: Phase, facts: Facts) -> None:
+        """Run the scripts of *phase*, if it has any.
+
+        Raises:
+            ScriptError: naming the one that failed.
+        """
+        if not place.is_directory(f"{contract.HOOKS}/{phase.directory}"):
+            return
+        scripts = _PhaseScripts(phase, self._owners, self.monitor)
+        if phase.where is Where.CHROOT:
+            command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, contract.HOOKS, phase.directory]
+            cwd = "/"
+        else:
+            command = [f"{GUEST_SCRIPTS}/run-phase.sh", f"{contract.HOOKS}/{phase.directory}"]
+            cwd = contract.OUT
+        begun = time.monotonic()
+        result = place.run(
+            command,
+            contract.for_phase(facts, phase),
+            cwd,
+            functions=contract.functions(facts, phase),
+            on_output=self.monitor.output,
+            on_event=scripts.event,
+        )
+        scripts.end(result.exit_status)
+        self._finished(phase.directory, begun, scripts.results)
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Something the runner does itself, shown and timed like a phase."""
+        self.monitor.phase_started(title, ())
+        begun = time.monotonic()
+        yield
+        self._finished(title, begun, [])
+
+    def where(self) -> str:
+        """For hints: where the output of the script or step at work is."""
+        return _where(self.monitor)
+
+    def _finished(self, title: str, begun: float, scripts: list[ScriptResult]) -> None:
+        result = PhaseResult(title=title, seconds=time.monotonic() - begun, scripts=tuple(scripts))
+        self.results.append(result)
+        self.monitor.phase_finished(result)
+
+
+def guest_script(place: Place, script: str, *arguments: str) -> JobResult:
+    """Run one of our own guest scripts, outside all phases."""
+    return place.run([f"{GUEST_SCRIPTS}/{script}", *arguments], _RUNNER_PATH, contract.GUEST)
+
+
+class _PhaseScripts:
+    """Follows the events of one phase, and turns its end into results or an error."""
+
+    def __init__(self, phase: Phase, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
+        self._phase = phase
+        self._owners = owners
+        self._monitor = monitor
+        self._listed = False
+        self._running: tuple[str, float] | None = None
+        self.results: list[ScriptResult] = []
+
+    def event(self, event: Event) -> None:
+        """Take one event of ``guest/run-phase.sh``."""
+        words = event.words
+        if event.name == "list":
+            self._listed = True
+            self._monitor.phase_started(self._phase.directory, words)
+        elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
+            self._running = (words[0], _seconds(words[1]))
+            self._monitor.script_started(words[0])
+        elif event.name == "end" and len(words) == 3 and self._running:  # noqa: PLR2004 - NAME STATUS SECONDS
+            name, begun = self._running
+            self._running = None
+            status = int(words[1]) if STATUS.fullmatch(words[1]) else 1
+            result = ScriptResult(
+                phase=self._phase,
+                name=name,
+                element=self._owners.get(f"{self._phase.directory}/{name}"),
+                exit_status=status,
+                seconds=max(0.0, _seconds(words[2]) - begun),
+            )
+            if len(self.results) < _MOST_RESULTS or status != 0:
+                self.results = [*self.results[:_MOST_RESULTS], result]
+            self._monitor.script_finished(result)
+
+    def end(self, exit_status: int) -> None:
+        """Take the status of the whole phase.
+
+        Raises:
+            ScriptError: naming the script that failed, or environment.d.
+        """
+        if not self._listed:
+            self._monitor.phase_started(self._phase.directory, ())
+        if exit_status == 0:
+            return
+        failed = self.results[-1] if self.results and self.results[-1].exit_status != 0 else None
+        if failed is None:
+            raise ScriptError(
+                f"{self._phase.directory}: its scripts could not be run, exit status {exit_status}",
+                hint=f"a file in environment.d may be at fault; {_where(self._monitor)}",
+                details=self._monitor.tail(LAST_LINES),
+            )
+        element = f" of element '{failed.element}'" if failed.element else ""
+        how = f"exit status {failed.exit_status}"
+        if failed.signal_name:
+            how += f" ({failed.signal_name})"
+        raise ScriptError(
+            f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
+            hint=_where(self._monitor),
+            details=self._monitor.tail(LAST_LINES),
+        )
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _where(monitor: BuildMonitor) -> str:
+    return f"all of its output is in '{monitor.log_path}' from line {monitor.line_number}"
