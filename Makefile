@@ -38,7 +38,7 @@ demo-clean: ## remove what 'make demo' built
 	rm -rf demo
 
 .PHONY: test
-test: lint test-unit test-appliance ## lint, types, unit and appliance tests
+test: lint test-unit test-sandbox test-appliance ## lint, types, and all tests but the longest
 
 .PHONY: lint
 lint: $(READY) ## format, lint, types, shell scripts
@@ -56,7 +56,7 @@ test-appliance: $(READY) ## tests that start virtual machines
 	$(BIN)/pytest -m appliance
 
 .PHONY: test-sandbox
-test-sandbox: $(READY) ## the sandbox, which builds do not use yet
+test-sandbox: $(READY) ## tests of the sandbox alone
 	$(BIN)/pytest -m sandbox
 
 .PHONY: test-debian

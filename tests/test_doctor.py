@@ -219,7 +219,30 @@ def test_a_cache_that_is_not_there_yet_is_measured_where_it_will_be(host: FakeHo
 def test_emulation_is_slow_but_no_obstacle(host: FakeHost) -> None:
     check = host.checks()["KVM"]
     assert (check.ok, check.required, check.word) == (False, False, "slow")
-    assert check.detail.endswith("; builds work, but about 15 times slower")
+    assert check.detail.endswith("; builds in the appliance take about 15 times as long")
+
+
+def test_a_sandbox_that_cannot_be_is_no_obstacle(host: FakeHost) -> None:
+    check = host.checks()["sandbox"]
+    assert (check.ok, check.required, check.word) == (False, False, "missing")
+    assert "slirp4netns" in check.detail
+    assert check.hint
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/dib/build/hooks/root.d/08-bootstrap: line 12: mmdebstrap: command not found",
+        "sh: 1: mmdebstrap: not found",
+        "env: 'mmdebstrap': No such file or directory",
+    ],
+)
+def test_a_program_that_a_script_does_not_find_in_the_words_of_the_doctor(host: FakeHost, line: str) -> None:
+    (problem,) = prerequisites.tools_not_found(["something else", line, "cat: /mmdebstrap: not a directory"])
+    assert problem.message == host.checks()["mmdebstrap"].detail
+    (host.bin_dir / "mmdebstrap").write_text("#!/bin/sh\n")
+    (host.bin_dir / "mmdebstrap").chmod(0o755)
+    assert prerequisites.tools_not_found([line]) == []
 
 
 # ---- the table and the command ----

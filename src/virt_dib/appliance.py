@@ -44,6 +44,8 @@ _START_TIMEOUT_S = 600.0
 _REPLY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 120.0
 _STARTING = "starting the appliance"
+BLOCK_DEVICE_DIR = "/run/virt-dib"
+"""In the appliance; where DIB's dib-block-device takes commands (``guest/block-device.sh``)."""
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -70,6 +72,8 @@ class Settings:
 
     disks: Sequence[Disk]
     """The first one is the build disk, mounted at ``/sysroot``."""
+    early_disk: Disk | None = None
+    """What is staged for a build, when the build disk is made only while the appliance starts."""
     cache_dir: Path
     memory_mib: int
     cpus: int
@@ -107,7 +111,7 @@ class Appliance:
         # In the thread that will use it: libguestfs keeps a handler of errors for each thread, the
         # binding silences that of the creating one, and any other would print to standard error.
         self._handle = self._caller.submit(_handle, settings).result()
-        self._starting = self._caller.submit(self._handle.launch)
+        self._starting = self._caller.submit(self._start)
         self._jobs = 0
         self._pid: int | None = None
         self._running = True
@@ -117,21 +121,37 @@ class Appliance:
     def prepare(self) -> None:
         """Wait until the virtual machine has started, mount the build disk, and prepare what is on it.
 
-        The disk may have been made meanwhile, for nothing has read it yet but for the kernel looking for partitions.
+        The disk may have been made meanwhile.
 
         Raises:
             ApplianceError: it does not come up.
         """
-        handle, settings = self._handle, self._settings
         self._result(self._starting, _STARTING, _START_TIMEOUT_S, None)
         with contextlib.suppress(ApplianceError):  # libvirt's machines are not our processes
-            self._pid = self._call("asking for the appliance's process", handle.get_pid)
-        device = f"/dev/disk/guestfs/{settings.disks[0].label}"
-        self._call("looking at the build disk anew", handle.blockdev_flushbufs, device)
-        self._call("mounting the build disk in the appliance", handle.mount, device, "/")
+            self._pid = self._call("asking for the appliance's process", self._handle.get_pid)
+        if self._settings.early_disk is not None:
+            self._call("unmounting what was staged", self._leave_early_disk)
+            self._call("mounting the build disk in the appliance", self._mount, self._settings.disks[0])
         self.run(["/bin/bash", "/sysroot/guest/setup.sh"], {"PATH": contract.SYSTEM_PATH}, "/").check(
             "preparing the appliance"
         )
+
+    def _start(self) -> None:
+        """In the thread of libguestfs: start the virtual machine, and have it import DIB in the background."""
+        self._handle.launch()
+        self._mount(self._settings.early_disk or self._settings.disks[0])
+        serve = f"/sysroot/guest/block-device.py --serve {BLOCK_DEVICE_DIR} /sysroot/site"
+        self._handle.debug("sh", [f"cd / && exec /usr/bin/python3 -S {serve} </dev/null"])
+
+    def _leave_early_disk(self) -> None:
+        # DIB may still be being imported from there; what it wants later it finds on the build disk.
+        self._handle.umount("/", lazyunmount=True)
+
+    def _mount(self, disk: Disk) -> None:
+        device = f"/dev/disk/guestfs/{disk.label}"
+        # It may have been made since the kernel looked for partitions there.
+        self._handle.blockdev_flushbufs(device)
+        self._handle.mount(device, "/")
 
     def check_starting(self) -> None:
         """Look whether the virtual machine still may come up, without waiting.
@@ -371,7 +391,7 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
             lambda _event, _handle, text, _array: report(text.rstrip("\n")),
             guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
         )
-    for disk in settings.disks:
+    for disk in [*settings.disks, *([settings.early_disk] if settings.early_disk else [])]:
         handle.add_drive_opts(str(disk.path), format="raw", label=disk.label, cachemode="unsafe", discard="besteffort")
     return handle
 

@@ -23,6 +23,7 @@ from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult
 from virt_dib.sandbox import open_sandbox
 from virt_dib.spec import BuildSpec, Isolation, Phase
+from virt_dib.staging import remove_tree
 from virt_dib.tree_stage import make_tree
 from virt_dib.workspace import open_workspace
 
@@ -158,12 +159,12 @@ class _Build:
     def _in_appliance(self, verdict: Verdict) -> Iterator[tuple[Appliance, int]]:
         """Both stages in the appliance; gives it and the size of the image in bytes."""
         self._plan.staging.make_disk(self._build_disk.path)
+        remove_tree(self._plan.staging.directory)
         with contextlib.ExitStack() as stack:
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance = stack.enter_context(open_appliance(self._settings(verdict)))
                 appliance.prepare()
             stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path)
-            stage.load()
             tree_kib = make_tree(self._plan, self._phases, appliance)
             yield appliance, stage.make_image(tree_kib, None)
 
@@ -171,14 +172,18 @@ class _Build:
     def _in_sandbox(self, verdict: Verdict) -> Iterator[tuple[Appliance, int]]:
         """The tree stage in the sandbox, while the appliance for the disk stage starts."""
         plan = self._plan
+        early = Disk(path=self._workspace / "early.img", label="early")
+        plan.staging.make_disk(early.path)
         _make_sparse(self._build_disk.path, staging.BUILD_DISK_BYTES)
         with contextlib.ExitStack() as stack:
             with self._phases.step(_STARTING_SANDBOX):
                 box = stack.enter_context(open_sandbox(self._sandbox_settings()))
-                appliance = stack.enter_context(open_appliance(self._settings(verdict)))
+                appliance = stack.enter_context(open_appliance(self._settings(verdict, early)))
             tree_kib = make_tree(plan, self._phases, box, meanwhile=appliance.check_starting)
             with self._phases.step(_MAKING_BUILD_DISK):
                 box.make_build_disk(self._build_disk.path, plan.layout.parts)
+            if not plan.layout.parts:
+                box.discard()
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance.prepare()
             stage = DiskStage(plan, self._phases, appliance, self._image_disk.path)
@@ -196,9 +201,10 @@ class _Build:
             memory_bytes=spare_bytes if enough else None,
         )
 
-    def _settings(self, verdict: Verdict) -> Settings:
+    def _settings(self, verdict: Verdict, early: Disk | None = None) -> Settings:
         return Settings(
             disks=[self._build_disk, self._image_disk],
+            early_disk=early,
             cache_dir=supermin.cache_dir(),
             memory_mib=self._plan.memory_mib,
             cpus=self._plan.cpus,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from virt_dib import environment as contract
 from virt_dib import layout
-from virt_dib.appliance import Appliance
+from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import JobResult
 from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script
@@ -24,7 +24,6 @@ from virt_dib.spec import DISK_PHASES, Phase
 STEPS = ("making the image disk", "copying the tree", "cleaning up")
 """What the report shows besides the phases."""
 
-_BLOCK_DEVICE_DIR = f"{contract.BUILD_DIR}/block-device"
 _ANSWER_LIMIT = 16384
 _NO_ROOM = re.compile(r"No space left on device|Could not allocate (?:block|inode)|No free space in the directory")
 """What cp and mke2fs say when a tree is too large."""
@@ -35,6 +34,9 @@ class Filler(Protocol):
 
     def fill(self, number: int, disk: Path, extent: Extent, options: Sequence[str]) -> JobResult:
         """Make that of part *number* at *extent* of the file *disk*, with *options* of mke2fs."""
+
+    def discard(self) -> None:
+        """All are made; the tree is not needed any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,11 +65,6 @@ class DiskStage:
         self._appliance = appliance
         self._image_disk = image_disk
         self._facts = plan.facts
-
-    def load(self) -> None:
-        """Have DIB imported in the background, while the tree is being made."""
-        command = ["/usr/bin/python3", "-S", f"{GUEST_SCRIPTS}/block-device.py", "--serve", _BLOCK_DEVICE_DIR]
-        self._appliance.run(command, self._variables(), contract.OUT).check("starting dib-block-device")
 
     def make_image(self, tree_kib: int, filler: Filler | None) -> int:
         """Make the image of a tree of that size; return the size of the image in bytes.
@@ -138,6 +135,7 @@ class DiskStage:
             result = filler.fill(number, self._image_disk, extent, file_systems[number].mke2fs_options)
             if result.exit_status != 0:
                 return result
+        filler.discard()
         words = [
             word
             for part, file_system in zip(parts, file_systems, strict=True)
@@ -167,8 +165,8 @@ class DiskStage:
         answers = f"{contract.BUILD_DIR}/answers.json"
         output = _Lines(self._phases.monitor.output)
         result = self._appliance.run(
-            [f"{GUEST_SCRIPTS}/block-device.sh", _BLOCK_DEVICE_DIR, answers, *commands],
-            self._variables(),
+            [f"{GUEST_SCRIPTS}/block-device.sh", BLOCK_DEVICE_DIR, answers, *commands],
+            contract.for_phase(self._facts, Phase.BLOCK_DEVICE) | {"PYTHONPATH": contract.SITE},
             contract.OUT,
             on_output=output.feed,
         )
@@ -177,9 +175,6 @@ class DiskStage:
             raise ApplianceError(f"{doing}: {output.last}", hint=advice + self._phases.where())
         wanted = [command for command in commands if command.startswith("getval:") or command == "mounts"]
         return _answers(self._appliance.read(answers), wanted)
-
-    def _variables(self) -> dict[str, str]:
-        return contract.for_phase(self._facts, Phase.BLOCK_DEVICE) | {"PYTHONPATH": contract.SITE}
 
 
 def _answers(text: bytes, wanted: Sequence[str]) -> list[str]:

@@ -59,5 +59,5 @@ def _conclusion(results: Sequence[Check]) -> str:
     failed = [check.name for check in results if check.required and not check.ok]
     if failed:
         return f"a build cannot work here yet, for want of: {', '.join(failed)}"
-    wanting = [check.name for check in results if not check.ok]
+    wanting = dict.fromkeys(check.name for check in results if not check.ok)
     return "a build can work here" + (f"; worth a look: {', '.join(wanting)}" if wanting else "")

@@ -12,6 +12,7 @@ from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
 from virt_dib.jobs import STATUS, Event, JobResult, Place
 from virt_dib.monitor import BuildMonitor
+from virt_dib.prerequisites import tools_not_found
 from virt_dib.report import PhaseResult, ScriptResult
 from virt_dib.spec import Phase, Where
 
@@ -139,10 +140,13 @@ class _PhaseScripts:
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
+        details = self._monitor.tail(LAST_LINES)
+        missing = tools_not_found(details) if self._phase.where is Where.OUTSIDE else []
+        advice = "".join(f"{problem.message}; {problem.hint}; " for problem in missing)
         raise ScriptError(
             f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
-            hint=_where(self._monitor),
-            details=self._monitor.tail(LAST_LINES),
+            hint=advice + _where(self._monitor),
+            details=details,
         )
 
 

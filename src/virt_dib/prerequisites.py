@@ -6,6 +6,7 @@ from __future__ import annotations
 import glob
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import appliance, boot, dib, kvm, tools
+from virt_dib import appliance, boot, dib, kvm, sandbox, tools
 from virt_dib.errors import Problem, VirtDibError
 from virt_dib.monitor import size_text
 
@@ -165,6 +166,7 @@ def checks(host: Host, *, cache: Path) -> list[Check]:
         _space("temporary space", host.temp_dir, BUILD_SPACE_BYTES, "set TMPDIR to a directory"),
         _space("cache space", cache, CACHE_SPACE_BYTES, "set XDG_CACHE_HOME to a directory"),
         _kvm(wanted, cache),
+        *_sandbox(),
         *(_tool(tool, host.distribution, required=False) for tool in _ELEMENT_TOOLS),
         _uefi(host.distribution),
     ]
@@ -173,6 +175,20 @@ def checks(host: Host, *, cache: Path) -> list[Check]:
 def require_prerequisites(host: Host | None = None) -> list[Problem]:
     """What is missing on this host for any build at all, in the words of the doctor; takes a moment only."""
     return [Problem(check.detail, check.hint) for check in _required(host or Host.here()) if not check.ok]
+
+
+_NOT_FOUND = re.compile(
+    r"(?:^|: |')(?P<program>[a-zA-Z0-9._-]+)'?: (?:command not found|not found|No such file or directory)$"
+)
+"""How shells, sudo and env tell that there is no such program."""
+
+
+def tools_not_found(lines: Sequence[str]) -> list[Problem]:
+    """The programs that the output of a script outside the chroot says are missing, in the words of the doctor."""
+    found = dict.fromkeys(match["program"] for match in map(_NOT_FOUND.search, lines) if match)
+    distribution = Host.here().distribution
+    checks = [_tool(tool, distribution, required=False) for tool in _ELEMENT_TOOLS if tool.program in found]
+    return [Problem(check.detail, check.hint) for check in checks if not check.ok]
 
 
 # ---- the checks ----
@@ -332,11 +348,21 @@ def _kvm(wanted: str, cache: Path) -> Check:
     return Check(
         name="KVM",
         ok=fast,
-        detail=verdict.reason if fast else f"{verdict.reason}; builds work, but about 15 times slower",
+        detail=verdict.reason if fast else f"{verdict.reason}; builds in the appliance take about 15 times as long",
         hint=None if fast else _kvm_hint(wanted),
         required=False,
         failing=SLOW,
     )
+
+
+def _sandbox() -> Iterator[Check]:
+    """What ``--isolation sandbox`` needs; builds in the appliance do not."""
+    name = "sandbox"
+    problems = sandbox.problems()
+    for problem in problems:
+        yield Check(name=name, ok=False, detail=problem.message, hint=problem.hint, required=False)
+    if not problems:
+        yield Check(name=name, ok=True, detail="works: builds with --isolation sandbox", required=False)
 
 
 def _kvm_hint(wanted: str) -> str:
@@ -344,7 +370,10 @@ def _kvm_hint(wanted: str) -> str:
         return "unset what forces it off to have it tried"
     if kvm.DEVICE.exists() and not os.access(kvm.DEVICE, os.R_OK | os.W_OK):
         return "let this user open it: add the user to the group 'kvm' and log in again"
-    return "use a machine with KVM; in a virtual machine, allow nested virtualization on the host above"
+    return (
+        "build with --isolation sandbox, or use a machine with KVM; "
+        "in a virtual machine, allow nested virtualization on the host above"
+    )
 
 
 def _uefi(distribution: Distribution) -> Check:

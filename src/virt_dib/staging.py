@@ -173,7 +173,7 @@ class Staging:
         return self.directory
 
     def make_disk(self, disk: Path) -> None:
-        """Make the build disk, in the file *disk*, of everything put in, and drop the directory.
+        """Make the build disk *disk* of everything put in.
 
         Raises:
             ToolError: no space, or no mke2fs.
@@ -188,7 +188,6 @@ class Staging:
         except ToolError as error:
             full = "No space left" in str(error)
             raise ToolError(str(error), hint=_NO_ROOM_HINT if full else None) from error
-        remove_tree(self.directory)
 
     def _copy_element(self, source: Path, target: Path) -> None:
         with self._copying(source, ElementError, "make all of it readable"):

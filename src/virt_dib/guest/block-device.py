@@ -2,7 +2,7 @@
 """Run several commands of DIB's dib-block-device in one Python.
 
     block-device.py ANSWERS COMMAND [COMMAND ...]
-    block-device.py --serve DIRECTORY
+    block-device.py --serve DIRECTORY SITE
 
 Each COMMAND is one of dib-block-device's (``init``, ``create`` ...), ``getval:KEY``, ``check``, which
 builds the graph of devices without making any, so that a wrong configuration is found early, or ``mounts``,
@@ -10,8 +10,9 @@ which tells what 'create' has made and mounted. What the getval commands and 'mo
 file ANSWERS. The configuration is the one that the variable
 DIB_BLOCK_DEVICE_PARAMS_YAML names.
 
-Python needs seconds to import DIB in an emulated guest. With ``--serve`` a process does that in the background
-while the tree is still being made, and then takes commands through pipes in DIRECTORY: see block-device.sh.
+Python needs seconds to import DIB in an emulated guest. With ``--serve`` a process does that in the background, from
+the directory SITE, while the tree is still being made, and then takes commands, and the variables that go with
+them, through pipes in DIRECTORY: see block-device.sh.
 """
 
 import contextlib
@@ -88,13 +89,16 @@ def load() -> None:
     import diskimage_builder.block_device.cmd  # noqa: F401, PLC0415
 
 
-def serve(directory: str) -> None:
-    """Go on in a child that no longer belongs to the job, and serve requests for ever."""
+def serve(directory: str, site: str) -> None:
+    """Go on in a child that no longer belongs to what started it, and serve requests for ever."""
+    os.makedirs(directory, exist_ok=True)
     for name in ("request", "reply"):
         os.mkfifo(os.path.join(directory, name))
     if os.fork():
         return
     os.setsid()
+    os.chdir("/")
+    sys.path.insert(0, site)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nowhere, number)
@@ -102,6 +106,10 @@ def serve(directory: str) -> None:
     while True:
         with open(os.path.join(directory, "request")) as stream:
             answers_path, *commands = stream.read().split()
+        with open(os.path.join(directory, "variables"), "rb") as stream:
+            variables = dict(item.split(b"=", 1) for item in stream.read().split(b"\0") if item)
+        os.environb.clear()
+        os.environb.update(variables)
         reply = os.open(os.path.join(directory, "reply"), os.O_WRONLY)
         os.dup2(reply, 1)
         os.dup2(reply, 2)
@@ -121,7 +129,7 @@ def main() -> None:
     """Do what the command line asks for."""
     first, *rest = sys.argv[1:]
     if first == "--serve":
-        serve(rest[0])
+        serve(*rest)
         return
     failure = perform(first, rest)
     if failure:

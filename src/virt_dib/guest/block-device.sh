@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # block-device.sh DIRECTORY ANSWERS COMMAND...: have the process behind 'block-device.py --serve DIRECTORY' run
-# commands of dib-block-device; if something has ended it, run them without it.
+# commands of dib-block-device with the variables of this one; if something has ended it, run them without it.
 
 set -eu
 
 directory=$1
 shift
 if [[ -p $directory/request ]] && pgrep -f "block-device.py --serve $directory" >/dev/null; then
+    env -0 >"$directory/variables"
     echo "$*" >"$directory/request"
     cat "$directory/reply"
     exit "$(<"$directory/status")"
