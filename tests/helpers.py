@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import tools
+import pytest
+
+from virt_dib import sandbox, tools
 from virt_dib.spec import Phase
 
 TESTS = Path(__file__).parent
 _BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
 BUILD_TIMEOUT_S = 900
+ISOLATIONS = ("vm", "sandbox")
 
 
 def make_element(
@@ -82,6 +85,13 @@ def virt_dib(
         check=False,
     )
     return Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=cwd)
+
+
+def skip_without(isolation: str) -> None:
+    """Skip the test where that isolation cannot be had."""
+    found = sandbox.problems() if isolation == "sandbox" else []
+    if found:
+        pytest.skip("\n".join(f"{problem.message} ({problem.hint})" for problem in found))
 
 
 def files_in_image(image: Path, *, offset_bytes: int = 0) -> ExtFiles:
