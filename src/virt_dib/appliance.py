@@ -367,6 +367,8 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     supermin_dir = supermin.prepare(settings.cache_dir, handle.get_path().split(":"))
     handle.set_path(f"{supermin_dir}:{handle.get_path()}")
     handle.set_cachedir(str(supermin_dir))
+    # What it leaves when this process is killed goes with the disks.
+    handle.set_tmpdir(str(settings.disks[0].path.parent))
     # A process group of its own: Ctrl-C on the terminal is for virt-dib to deal with.
     handle.set_pgroup(True)
     if "LIBGUESTFS_BACKEND" not in os.environ:

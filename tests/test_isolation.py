@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds with ``--isolation``: which one is taken, what is told, and what is left when a build in the sandbox ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import make_element
+from test_failures import errors, fail, hidden, hints, nothing_left, output_dir, processes, wait_for
+from virt_dib import tools, workspace
+from virt_dib.spec import TREE_PHASES, Phase
+
+pytestmark = pytest.mark.appliance
+
+SANDBOX = ("--isolation", "sandbox", "--skip-base")
+NO_NAMESPACES = "echo 0 >/proc/sys/user/max_user_namespaces"
+
+__all__ = ["output_dir"]  # a fixture
+
+
+def in_user_namespace(setup: str) -> list[str]:
+    """The beginning of a command that runs in a user namespace of one id where *setup* was done."""
+    unshare = tools.require("unshare", purpose="run the tests", package="util-linux")
+    return [str(unshare), "--user", "--map-root-user", "--mount", "/bin/sh", "-c", f'{setup}; exec "$@"', "sh"]
+
+
+@pytest.fixture
+def failing(tmp_path: Path, element_dir: Path) -> list[str]:
+    """Arguments of a build that ends in its first script."""
+    make_element(tmp_path / "elements", "bad", {"root.d/05-bad": "#!/bin/bash\nexit 9\n"})
+    return ["--skip-base", "-p", str(element_dir), "-p", str(tmp_path / "elements"), "tiny-os", "bad"]
+
+
+# ---- which one ----
+
+
+def test_auto_takes_the_sandbox_where_kvm_does_not_work(failing: list[str], output_dir: Path, tmp_path: Path) -> None:
+    run = fail(["--isolation", "auto", "--kvm", "off", *failing], output_dir, tmp_path)
+    assert "isolation: sandbox, since KVM does not work here: " in run.stdout
+    assert "emulat" not in run.stdout
+    assert "root.d/05-bad of element 'bad' failed with exit status 9" in errors(run)[0]
+
+
+def test_auto_takes_the_vm_where_neither_works(failing: list[str], output_dir: Path, tmp_path: Path) -> None:
+    run_by = in_user_namespace(NO_NAMESPACES)
+    run = fail(["--isolation", "auto", "--kvm", "off", *failing], output_dir, tmp_path, run_by=run_by)
+    (line,) = [line for line in run.stdout.splitlines() if "isolation: " in line]
+    assert "isolation: vm, emulated, about 15 times slower: KVM does not work: " in line
+    assert "nor does the sandbox: this user namespace has 1 uids, of 65536 needed" in line
+    assert "root.d/05-bad" in errors(run)[0]
+
+
+def test_an_emulated_vm_has_a_hint_to_the_sandbox(failing: list[str], output_dir: Path, tmp_path: Path) -> None:
+    run = fail(["--kvm", "off", *failing], output_dir, tmp_path)
+    assert "emulating the appliance" in run.stdout
+    assert run.stdout.count("--isolation sandbox") == 1
+
+
+def test_an_unknown_isolation(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    run = fail(["--isolation", "sandbos", "--skip-base", "-p", element_dir, "tiny-os"], output_dir, tmp_path)
+    assert run.exit_status == 2
+    assert errors(run) == ["virt-dib: error: unknown value of --isolation 'sandbos'"]
+    assert hints(run) == ["virt-dib: hint: did you mean 'sandbox'? choose from vm, sandbox, auto"]
+
+
+# ---- what the host lacks ----
+
+
+def test_forbidden_namespaces_are_told_before_anything_starts(
+    element_dir: Path, output_dir: Path, tmp_path: Path
+) -> None:
+    run_by = in_user_namespace(NO_NAMESPACES)
+    run = fail([*SANDBOX, "-p", element_dir, "tiny-os"], output_dir, tmp_path, run_by=run_by)
+    assert run.exit_status == 1
+    assert errors(run)[-1] == (
+        "virt-dib: error: the kernel refuses what a sandbox needs: making a user namespace: ENOSPC"
+    )
+    assert hints(run)[-1] == "virt-dib: hint: as root: sysctl user.max_user_namespaces=10000"
+    assert not (output_dir / "disk.log").exists()
+
+
+def test_a_missing_network_tool_is_told_unless_there_is_to_be_no_network(
+    failing: list[str], output_dir: Path, tmp_path: Path
+) -> None:
+    places = [str(found) for name in ("slirp4netns", "pasta") if (found := tools.find(name)) is not None]
+    run_by = hidden("touch /run/empty; " + "; ".join(f"mount --bind /run/empty {place}" for place in places))
+    run = fail([*SANDBOX, *failing], output_dir, tmp_path, run_by=run_by)
+    assert run.exit_status == 1
+    assert "neither 'slirp4netns' nor 'pasta' found" in errors(run)[0]
+    assert "apt-get install slirp4netns" in hints(run)[0]
+    (tmp_path / "temporary").rmdir()
+    run = fail([*SANDBOX, "--no-network", *failing], output_dir, tmp_path, run_by=run_by)
+    assert "root.d/05-bad" in errors(run)[0]
+
+
+# ---- failures inside ----
+
+
+@pytest.mark.parametrize("phase", TREE_PHASES)
+def test_a_script_that_fails(element_dir: Path, output_dir: Path, tmp_path: Path, phase: Phase) -> None:
+    script = "#!/bin/bash\necho last words\nexit 42\n"
+    make_element(tmp_path / "elements", "bad", {f"{phase.directory}/60-bad": script})
+    paths: list[str | Path] = ["-p", element_dir, "-p", tmp_path / "elements"]
+    run = fail([*SANDBOX, *paths, "tiny-os", "bad"], output_dir, tmp_path)
+    assert run.exit_status == 1
+    assert f"{phase.directory}/60-bad of element 'bad' failed with exit status 42 after " in errors(run)[0]
+    assert "last words" in run.stderr
+    assert b"last words" in (output_dir / "disk.log").read_bytes()
+
+
+def test_a_script_killed_by_a_signal(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    make_element(tmp_path / "elements", "bad", {"root.d/60-bad": "#!/bin/bash\nkill -SEGV $$\n"})
+    paths: list[str | Path] = ["-p", element_dir, "-p", tmp_path / "elements"]
+    run = fail([*SANDBOX, *paths, "tiny-os", "bad"], output_dir, tmp_path)
+    assert run.exit_status == 1
+    assert "SIGSEGV" in errors(run)[0]
+
+
+def test_root_d_without_a_tree(output_dir: Path, tmp_path: Path) -> None:
+    make_element(tmp_path / "elements", "empty", {"root.d/10-empty": "#!/bin/bash\n"}, provides=["operating-system"])
+    run = fail([*SANDBOX, "-p", tmp_path / "elements", "empty"], output_dir, tmp_path)
+    assert run.exit_status == 1
+    assert "root.d ended without a root file system in place" in errors(run)[0]
+
+
+@pytest.mark.parametrize("elements", [[], ["block-device-mbr"]], ids=["plain", "mbr"])
+def test_an_image_too_small_for_the_tree(
+    element_dir: Path, output_dir: Path, tmp_path: Path, elements: list[str]
+) -> None:
+    script = "#!/bin/bash\ndd if=/dev/urandom of=/big bs=1M count=300\n"
+    make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
+    paths: list[str | Path] = ["-p", element_dir, "-p", tmp_path / "elements"]
+    run = fail([*SANDBOX, "--size", "200M", *paths, "tiny-os", "big", *elements], output_dir, tmp_path)
+    assert run.exit_status == 1
+    assert "no space left in the image" in errors(run)[0]
+    assert "--size" in hints(run)[0]
+
+
+def test_a_mount_point_behind_a_link(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    script = "#!/bin/bash\nmkdir -p /elsewhere\nrm -rf /boot\nln -s /elsewhere /boot\n"
+    make_element(tmp_path / "elements", "linked", {"install.d/50-linked": script})
+    paths: list[str | Path] = ["-p", element_dir, "-p", tmp_path / "elements"]
+    run = fail([*SANDBOX, *paths, "tiny-os", "linked", "block-device-efi"], output_dir, tmp_path)
+    assert run.exit_status == 1
+    assert "the mount point /boot/efi of the image is behind a link in the tree" in errors(run)[0]
+
+
+# ---- the end ----
+
+
+def started(element_dir: Path, tmp_path: Path, script: str) -> tuple[list[str], dict[str, str], Path]:
+    """Command, environment and temporary directory of a build with *script* in post-root.d."""
+    make_element(tmp_path / "elements", "slow", {"post-root.d/60-slow": script})
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    paths = ["-p", str(element_dir), "-p", str(tmp_path / "elements")]
+    command = [sys.executable, "-m", "virt_dib", "--name", "disk", *SANDBOX, *paths, "tiny-os", "slow"]
+    return command, {**os.environ, "TMPDIR": str(temporary)}, temporary
+
+
+@pytest.mark.parametrize(
+    ("script", "moment"),
+    [
+        ("#!/bin/bash\necho waiting\n(trap '' TERM HUP INT; sleep 600) &\nsleep 600\n", b"waiting"),
+        ("#!/bin/bash\n", b"making the image disk"),
+    ],
+    ids=["in-a-script", "in-the-disk-stage"],
+)
+def test_interrupting_ends_everything(
+    element_dir: Path, output_dir: Path, tmp_path: Path, script: str, moment: bytes
+) -> None:
+    command, environment, temporary = started(element_dir, tmp_path, script)
+    with (
+        nothing_left(output_dir, temporary),
+        tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process,
+    ):
+        wait_for(output_dir / "disk.log", moment)
+        process.send_signal(signal.SIGINT)
+        # The time the issue allows; a build that ignores the signal would sleep on.
+        assert process.wait(timeout=10) == 130
+
+
+def test_what_a_killed_build_leaves_goes_at_the_next_start(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    script = "#!/bin/bash\nmkdir $TMP_MOUNT_PATH/locked\nchmod 0 $TMP_MOUNT_PATH/locked\necho waiting\nsleep 600\n"
+    command, environment, temporary = started(element_dir, tmp_path, script)
+    before = Path("/proc/self/mounts").read_text()
+    with tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
+        wait_for(output_dir / "disk.log", b"waiting")
+        process.kill()
+        process.wait()
+    for _ in range(100):
+        if not processes(temporary):
+            break
+        signal.sigtimedwait([], 0.1)
+    assert processes(temporary) == set()
+    assert Path("/proc/self/mounts").read_text() == before
+    assert len(list(temporary.iterdir())) == 1
+    assert len(workspace.remove_leftovers(temporary)) == 1
+    assert list(temporary.iterdir()) == []
