@@ -72,6 +72,8 @@ class Settings:
 
     disks: Sequence[Disk]
     """The first one is the build disk, mounted at ``/sysroot``."""
+    program: Path | None = None
+    """The qemu to start, instead of the one that libguestfs takes."""
     early_disk: Disk | None = None
     """What is staged for a build, when the build disk is made only while the appliance starts."""
     cache_dir: Path
@@ -381,6 +383,8 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         handle.set_backend_settings([*own, "force_tcg"])
         if handle.get_backend() == "direct" and platform.machine() == "x86_64":
             handle.config("-cpu", _EMULATED_PROCESSOR)
+    if settings.program is not None:
+        handle.set_hv(str(settings.program))
     handle.set_memsize(settings.memory_mib)
     handle.set_smp(settings.cpus)
     handle.set_network(settings.network)

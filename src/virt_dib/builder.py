@@ -6,15 +6,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import disk_stage, kvm, layout, sandbox, staging, supermin
+from virt_dib import disk_stage, kvm, layout, network, sandbox, staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage
-from virt_dib.errors import Problem, ToolError
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
 from virt_dib.kvm import Acceleration, Verdict
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import open_outputs
@@ -162,7 +163,7 @@ class _Build:
         remove_tree(self._plan.staging.directory)
         with contextlib.ExitStack() as stack:
             with self._phases.step(_STARTING_APPLIANCE):
-                appliance = stack.enter_context(open_appliance(self._settings(verdict)))
+                appliance = self._start_appliance(stack, verdict)
                 appliance.prepare()
             stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path)
             tree_kib = make_tree(self._plan, self._phases, appliance)
@@ -178,7 +179,7 @@ class _Build:
         with contextlib.ExitStack() as stack:
             with self._phases.step(_STARTING_SANDBOX):
                 box = stack.enter_context(open_sandbox(self._sandbox_settings()))
-                appliance = stack.enter_context(open_appliance(self._settings(verdict, early)))
+                appliance = self._start_appliance(stack, verdict, early)
             tree_kib = make_tree(plan, self._phases, box, meanwhile=appliance.check_starting)
             with self._phases.step(_MAKING_BUILD_DISK):
                 box.make_build_disk(self._build_disk.path, plan.layout.parts)
@@ -201,8 +202,24 @@ class _Build:
             memory_bytes=spare_bytes if enough else None,
         )
 
-    def _settings(self, verdict: Verdict, early: Disk | None = None) -> Settings:
+    def _start_appliance(self, stack: contextlib.ExitStack, verdict: Verdict, early: Disk | None = None) -> Appliance:
+        return stack.enter_context(open_appliance(self._settings(verdict, self._program(stack), early)))
+
+    def _program(self, stack: contextlib.ExitStack) -> Path | None:
+        """A qemu in a network of its own, where the appliance has a network and that is possible."""
+        program = tools.find(f"qemu-system-{platform.machine()}")
+        own_choice = "LIBGUESTFS_HV" in os.environ or os.environ.get("LIBGUESTFS_BACKEND", "direct") != "direct"
+        if not self._plan.spec.network or program is None or own_choice:
+            return None
+        try:
+            return stack.enter_context(network.detached_program(program, self._workspace))
+        except (ApplianceError, PrerequisiteError, ToolError) as error:
+            self._monitor.warning(f"the appliance can reach services on this host's loopback, at 169.254.2.2: {error}")
+            return None
+
+    def _settings(self, verdict: Verdict, program: Path | None, early: Disk | None) -> Settings:
         return Settings(
+            program=program,
             disks=[self._build_disk, self._image_disk],
             early_disk=early,
             cache_dir=supermin.cache_dir(),

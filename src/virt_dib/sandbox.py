@@ -21,7 +21,6 @@ import socket
 import struct
 import tempfile
 import termios
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +42,10 @@ from virt_dib.namespaces import (
     inside_namespace,
     owner,
 )
+from virt_dib.network import NAMESERVER, connected
+from virt_dib.network import problem as network_problem
 
 _CHUNK_BYTES = 1 << 20
-_NETWORK_TIMEOUT_S = 20.0
-_NETWORK_POLL_S = 0.01
-_NAMESERVER = "10.0.2.3"
-"""slirp4netns's own, which asks those of the host; pasta is told to have one there too."""
 _PYTHON = Path("/usr/bin/python3")
 _USUAL_TREE_BYTES = 4 << 30
 
@@ -78,15 +75,8 @@ class Extent:
 def problems(*, network: bool = True) -> list[Problem]:
     """What keeps this user from sandboxes on this host, all of it."""
     found = [*id_problems(), *_library_problems()]
-    if network and _network_tool() is None:
-        found.append(
-            Problem(
-                "neither 'slirp4netns' nor 'pasta' found, one of which the network of a sandbox needs",
-                "install one: apt-get install slirp4netns (or passt), or build with --no-network",
-            )
-        )
-    problem = _kernel_problem()
-    return [*found, *([problem] if problem else [])]
+    others = (network_problem() if network else None, _kernel_problem())
+    return [*found, *(problem for problem in others if problem is not None)]
 
 
 def _library_problems() -> Iterator[Problem]:
@@ -155,77 +145,6 @@ def _process_status(name: str) -> str | None:
     return next((value.strip() for key, _, value in lines if key == name), None)
 
 
-# ---- the network ----
-
-
-def _network_tool() -> Path | None:
-    return tools.find("slirp4netns") or tools.find("pasta")
-
-
-@contextlib.contextmanager
-def _network(process: int) -> Iterator[None]:
-    """Connect the network namespace of *process* to the world, but not to services on the host's loopback.
-
-    Raises:
-        ApplianceError: the program that does it fails.
-    """
-    program = _network_tool()
-    if program is None:
-        raise PrerequisiteError.of(problems())
-    if program.name == "pasta":
-        none = [word for option in ("-t", "-u", "-T", "-U") for word in (option, "none")]
-        command = [
-            *init_command(),
-            "guard",
-            str(program),
-            "--runas",
-            str(os.geteuid()),
-            "--foreground",
-            "--config-net",
-            "--no-map-gw",
-            *none,
-        ]
-        command += ["--dns-forward", _NAMESERVER, str(process)]
-    else:
-        command = [str(program), "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
-        command += ["--enable-seccomp", "--exit-fd=0", str(process), "tap0"]
-    reader, writer = os.pipe()
-    with contextlib.ExitStack() as stack, tempfile.TemporaryFile() as output:
-        # Its other end closes with this process, however that ends, and ends the program.
-        stack.callback(os.close, writer)
-        try:
-            running = stack.enter_context(
-                tools.started(
-                    command,
-                    environment=PROCESS_ENVIRONMENT,
-                    stdin=reader,
-                    stdout=output.fileno(),
-                    stderr=output.fileno(),
-                )
-            )
-        finally:
-            os.close(reader)
-        deadline = time.monotonic() + _NETWORK_TIMEOUT_S
-        while not _has_route(process):
-            if running.poll() is not None or time.monotonic() > deadline:
-                output.seek(0)
-                said = output.read().decode(errors="replace").strip().splitlines() or ["it does not say why"]
-                raise ApplianceError(
-                    f"making the sandbox's network with '{program}': {said[-1]}", hint="or build with --no-network"
-                )
-            time.sleep(_NETWORK_POLL_S)
-        yield
-
-
-def _has_route(process: int) -> bool:
-    """Whether the network namespace of *process* has a default route (proc(5), net/route)."""
-    try:
-        routes = Path(f"/proc/{process}/net/route").read_text().splitlines()[1:]
-    except OSError:
-        return False
-    return any(fields[1] == "00000000" for fields in (line.split() for line in routes))
-
-
 # ---- the sandbox ----
 
 
@@ -250,11 +169,11 @@ class Sandbox:
         with owner(self._ids, ["sh", "-c", "chmod 755 . && chown -R -h 0:0 ."], directory) as command:
             finish(command, "handing the build's files to the sandbox")
         memory = self._settings.memory_bytes
-        arguments = ["serve", _NAMESERVER if network else "", str(memory) if memory is not None else ""]
+        arguments = ["serve", NAMESERVER if network else "", str(memory) if memory is not None else ""]
         inside = self._running.enter_context(inside_namespace(arguments, directory))
         self._ids.map(inside.process.pid, with_own=False)
         if network:
-            self._running.enter_context(_network(inside.process.pid))
+            self._running.enter_context(connected(inside.process.pid))
         inside.send(b"go")
         inside.expect("ready")
         self._inside = inside

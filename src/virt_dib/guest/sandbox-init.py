@@ -4,11 +4,14 @@
     sandbox-init.py probe             try what a sandbox needs; print the first step that fails, and its errno
     sandbox-init.py own COMMAND...    run COMMAND as root of a new user namespace
     sandbox-init.py guard COMMAND...  run COMMAND until standard input ends
+    sandbox-init.py net RESOLVER      hold a network namespace, and a mount namespace in which the file RESOLVER is the
+                                      host's resolv.conf
     sandbox-init.py serve NAMESERVER BYTES
                                       be the sandbox; the working directory, or a copy of it in so many bytes of
                                       memory, is to be seen as /dib in it
 
-Standard input of 'own' and 'serve' is a socket to virt-dib, which writes the maps of ids between 'unshared' and 'go':
+Standard input of 'own', 'net' and 'serve' is a socket to virt-dib, which writes the maps of ids between 'unshared'
+and 'go':
 
     here to virt-dib   unshared | ready | output + descriptor | exit STATUS | failed REASON
     virt-dib to here   go | job + descriptors of the job's text and of its standard input
@@ -549,6 +552,16 @@ def own(control: socket.socket, command: list[str]) -> None:
     execute(command)
 
 
+def net(control: socket.socket, resolver: str) -> None:
+    """Hold a network namespace until virt-dib closes the socket."""
+    enter_user_namespace(control, CLONE_NEWNET | CLONE_NEWNS)
+    mount("none", "/", flags=MS_REC | MS_PRIVATE)
+    if os.path.exists("/etc/resolv.conf"):
+        mount(resolver, os.path.realpath("/etc/resolv.conf"), flags=MS_BIND)
+    control.send(b"ready")
+    control.recv(1)
+
+
 def serve(control: socket.socket, nameserver: str, memory_bytes: str) -> None:
     """Be the sandbox."""
     seccomp = Seccomp()
@@ -607,7 +620,7 @@ def probe() -> None:
 def main() -> None:
     """Do what the first argument says; a failure is told, not raised."""
     use, *arguments = sys.argv[1:]
-    control = socket.socket(fileno=0) if use in ("own", "serve") else None
+    control = socket.socket(fileno=0) if use in ("net", "own", "serve") else None
     try:
         if use == "guard":
             guard(arguments)
@@ -615,6 +628,8 @@ def main() -> None:
             probe()
         elif use == "own":
             own(control, arguments)
+        elif use == "net":
+            net(control, *arguments)
         else:
             serve(control, *arguments)
     except OSError as error:

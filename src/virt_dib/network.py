@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks of namespaces: they lead where the user's own programs get, but not to services on the host's loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from virt_dib import tools
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
+from virt_dib.namespaces import PROCESS_ENVIRONMENT, init_command, inside_namespace, map_identity
+
+NAMESERVER = "10.0.2.3"
+"""slirp4netns's own, which asks those of the host; pasta is told to have one there too."""
+
+_TIMEOUT_S = 20.0
+_POLL_S = 0.01
+
+
+@contextlib.contextmanager
+def detached_program(program: Path, directory: Path) -> Iterator[Path]:
+    """A program that is *program* in a network of its own, for as long as the block takes; its file is in *directory*.
+
+    For qemu, whose own user network leads the guest to services on the host's loopback.
+
+    Raises:
+        PrerequisiteError: this host lacks what it takes.
+        ToolError: the kernel refuses it, or *directory* does not allow programs.
+        ApplianceError: as ToolError.
+    """
+    nsenter = tools.require("nsenter", purpose="have a network of its own", package="util-linux")
+    if os.statvfs(directory).f_flag & os.ST_NOEXEC:
+        raise ToolError(f"no program can be started in '{directory}', which is mounted with noexec")
+    resolver = directory / "resolv.conf"
+    resolver.write_text(f"nameserver {NAMESERVER}\n")
+    with inside_namespace(["net", str(resolver)], directory) as inside:
+        map_identity(inside.process.pid)
+        inside.send(b"go")
+        inside.expect("ready")
+        with connected(inside.process.pid):
+            wrapper = directory / program.name
+            # The same length each time and the same date: libguestfs knows programs by them.
+            words = f"--preserve-credentials --user --mount --net --target {inside.process.pid:<10}"
+            wrapper.write_text(f'#!/bin/sh\nexec {nsenter} {words} -- {program} "$@"\n')
+            wrapper.chmod(0o700)
+            date_ns = program.stat().st_mtime_ns
+            os.utime(wrapper, ns=(date_ns, date_ns))
+            yield wrapper
+
+
+def _program() -> Path | None:
+    return tools.find("slirp4netns") or tools.find("pasta")
+
+
+def problem() -> Problem | None:
+    """What keeps namespaces on this host from a network, or None."""
+    if _program() is not None:
+        return None
+    return Problem(
+        "neither 'slirp4netns' nor 'pasta' found, one of which the network of a sandbox needs",
+        "install one: apt-get install slirp4netns (or passt), or build with --no-network",
+    )
+
+
+@contextlib.contextmanager
+def connected(process: int) -> Iterator[None]:
+    """Connect the network namespace of *process* to the world, but not to services on the host's loopback.
+
+    Raises:
+        ApplianceError: the program that does it fails.
+    """
+    program = _program()
+    if program is None:
+        raise PrerequisiteError("neither 'slirp4netns' nor 'pasta' found", hint="build with --no-network")
+    if program.name == "pasta":
+        none = [word for option in ("-t", "-u", "-T", "-U") for word in (option, "none")]
+        command = [
+            *init_command(),
+            "guard",
+            str(program),
+            "--runas",
+            str(os.geteuid()),
+            "--foreground",
+            "--config-net",
+            "--no-map-gw",
+            *none,
+        ]
+        command += ["--dns-forward", NAMESERVER, str(process)]
+    else:
+        command = [str(program), "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
+        command += ["--enable-seccomp", "--exit-fd=0", str(process), "tap0"]
+    reader, writer = os.pipe()
+    with contextlib.ExitStack() as stack, tempfile.TemporaryFile() as output:
+        # Its other end closes with this process, however that ends, and ends the program.
+        stack.callback(os.close, writer)
+        try:
+            running = stack.enter_context(
+                tools.started(
+                    command,
+                    environment=PROCESS_ENVIRONMENT,
+                    stdin=reader,
+                    stdout=output.fileno(),
+                    stderr=output.fileno(),
+                )
+            )
+        finally:
+            os.close(reader)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not _has_route(process):
+            if running.poll() is not None or time.monotonic() > deadline:
+                output.seek(0)
+                said = output.read().decode(errors="replace").strip().splitlines() or ["it does not say why"]
+                raise ApplianceError(
+                    f"making a network with '{program}': {said[-1]}", hint="or build with --no-network"
+                )
+            time.sleep(_POLL_S)
+        yield
+
+
+def _has_route(process: int) -> bool:
+    """Whether the network namespace of *process* has a default route (proc(5), net/route)."""
+    try:
+        routes = Path(f"/proc/{process}/net/route").read_text().splitlines()[1:]
+    except OSError:
+        return False
+    return any(fields[1] == "00000000" for fields in (line.split() for line in routes))
