@@ -64,5 +64,9 @@ test-debian: $(READY) ## full Debian builds, each booted; long
 	$(BIN)/pytest -m debian
 
 .PHONY: bench
-bench: $(READY) ## compare with the virt-dib of guestfs-tools
-	@set -e; for script in bench/*.py; do $(BIN)/python "$$script"; done
+bench: $(READY) ## a small build, timed against the virt-dib of guestfs-tools
+	@$(BIN)/python bench/tiny_build.py
+
+.PHONY: bench-debian
+bench-debian: $(READY) ## Debian builds, timed against the appliance and, as root, disk-image-create; hours
+	@$(BIN)/python bench/debian_build.py

@@ -4,9 +4,9 @@
     bench/tiny_build.py [--runs N] [--mib SIZE] [--old-library DIR] [--ours-only]
 
 An operating system of about 140 MB comes from a tar.gz, one script of install.d runs, qcow2 and raw are
-written, no partitions. The two programs run in turn, so that a machine that slows down slows down both. Both
-are told not to use KVM unless --kvm is given. Prints every run, where the time of ours went, the medians and
-their ratio.
+written, no partitions. Ours runs once in the appliance and once in the sandbox. The programs run in turn, so that a
+machine that slows down slows down all. They are told not to use KVM unless --kvm is given. Prints every run, where
+the time of ours went, the medians and their ratios.
 
 The old virt-dib (Debian's package guestfs-tools) wants the library of DIB 1.28.0: it is taken from PyPI with pip
 unless --old-library names its directory ``lib``.
@@ -37,6 +37,7 @@ find /usr | wc -l
 """
 _ATTEMPTS = 3
 """virt-dib 1.48.2 takes its disks in any order now and then, and fails; only good runs are counted."""
+_OLD = "virt-dib 1.48.2"
 _OLD_DIB = "diskimage-builder==1.28.0"
 
 
@@ -114,6 +115,17 @@ def timed(command: list[str | Path], cwd: Path, variables: dict[str, str]) -> tu
     sys.exit(f"{command[0]} failed {_ATTEMPTS} times")
 
 
+def report(seconds: dict[str, list[float]], outputs: dict[str, str]) -> None:
+    """Print where the time of ours went in the last runs, medians and ratios."""
+    medians = {who: statistics.median(values) for who, values in seconds.items()}
+    for who in medians:
+        if who != _OLD:
+            print(f"\nwhere the time of {who} goes (last run):" + outputs[who][outputs[who].find("\n\n") :])
+    for who, median in medians.items():
+        ratio = f"  {median / medians[_OLD]:.2f} of {_OLD}" if _OLD in medians and who != _OLD else ""
+        print(f"{who:16} median {median:7.1f} s{ratio}")
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description="time a small build with ours and with virt-dib 1.48.2")
@@ -130,30 +142,26 @@ def main() -> None:
         variables = {} if given.kvm else {"LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
         common: list[str | Path] = ["--name", "small", "--formats", "qcow2,raw", "--size", "1G", "--skip-base"]
         common += ["-p", scratch / "elements", "small-os"]
-        ours: list[str | Path] = [Path(sys.executable).with_name("virt-dib"), *common]
-        builds: dict[str, Callable[[], tuple[float, str]]] = {"ours": lambda: timed(ours, scratch, variables)}
+        ours = [Path(sys.executable).with_name("virt-dib"), *common, "--isolation"]
+        builds: dict[str, Callable[[], tuple[float, str]]] = {
+            "ours, vm": lambda: timed([*ours, "vm"], scratch, variables),
+            "ours, sandbox": lambda: timed([*ours, "sandbox"], scratch, variables),
+        }
         installed = tools.find("virt-dib") if given.ours_only else Path("/usr/bin/virt-dib")
         if not given.ours_only and installed is not None and installed.exists():
             library = old_library(scratch, given.old_library)
             old: list[str | Path] = [installed, "-B", library, "--python", "/usr/bin/python3", *common]
-            builds["virt-dib 1.48.2"] = lambda: timed(old, scratch, variables)
+            builds[_OLD] = lambda: timed(old, scratch, variables)
         seconds: dict[str, list[float]] = {name: [] for name in builds}
-        output = ""
+        outputs: dict[str, str] = {}
         for number in range(-1, given.runs):
             for who, build in builds.items():
-                took, said = build()
-                if who == "ours":
-                    output = said
+                took, outputs[who] = build()
                 kind = f"run {number + 1}" if number >= 0 else "warm-up"
                 print(f"{kind:8} {who:16} {took:7.1f} s", flush=True)
                 if number >= 0:
                     seconds[who].append(took)
-        print("\nwhere the time of ours goes (last run):" + output[output.find("\n\n") :])
-        for who, values in seconds.items():
-            print(f"{who:16} median {statistics.median(values):7.1f} s")
-        if len(seconds) > 1:
-            ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["virt-dib 1.48.2"])
-            print(f"ratio of the medians, ours / virt-dib 1.48.2: {ratio:.2f}")
+        report(seconds, outputs)
 
 
 if __name__ == "__main__":
