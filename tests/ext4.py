@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import stat
 import struct
@@ -20,6 +21,20 @@ INODE_BYTES = 256
 PIECE_BYTES = 1 << 20
 SHORT_LINK_BYTES = 60
 NANOSECONDS = 10**9
+
+DECIDED_BY_MKFS = {
+    "Block count", "Block size", "Blocks per group", "Default directory hash", "Default mount options",
+    "Desired extra isize", "Errors behavior", "Filesystem OS type", "Filesystem features", "Filesystem flags",
+    "Filesystem magic number", "Filesystem revision #", "Filesystem volume name", "First block", "First inode",
+    "Flex block group size", "Fragment size", "Fragments per group", "Group descriptor size", "Inode blocks per group",
+    "Inode count", "Inode size", "Inodes per group", "Journal backup", "Journal inode",
+    "Maximum mount count", "Required extra isize", "Reserved GDT blocks", "Reserved block count",
+    "Reserved blocks gid", "Reserved blocks uid", "Total journal size", "Total journal blocks",
+    "Max transaction length",
+    "Checksum type", "Check interval", "Filesystem state", "Overhead clusters",
+}  # fmt: skip
+"""Lines of 'dumpe2fs -h'; the others are times, what is free, ids drawn by lot, what depends on these, and what the
+kernel writes into a journal when it uses it."""
 
 TakeEntry = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
@@ -48,6 +63,14 @@ class Entry:
     attributes: tuple[tuple[str, bytes], ...]
     digest: str | None
     blocks_bytes: int
+
+
+def told(entry: Entry, *, without: frozenset[str] = frozenset()) -> dict[str, object]:
+    """What must be the same, whoever wrote the file system."""
+    dropped = {"inode", "blocks_bytes", *without}
+    if stat.S_ISDIR(entry.mode):
+        dropped.add("size")
+    return {name: value for name, value in dataclasses.asdict(entry).items() if name not in dropped}
 
 
 class FileSystem:

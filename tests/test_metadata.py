@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +27,6 @@ LINKED_LINKS = {
     frozenset({b"/made/links/long1", b"/made/links/below/long2"}),
 }
 """Names of symbolic links that are hard links."""
-
-DECIDED_BY_MKFS = {
-    "Block count", "Block size", "Blocks per group", "Default directory hash", "Default mount options",
-    "Desired extra isize", "Errors behavior", "Filesystem OS type", "Filesystem features", "Filesystem flags",
-    "Filesystem magic number", "Filesystem revision #", "Filesystem volume name", "First block", "First inode",
-    "Flex block group size", "Fragment size", "Fragments per group", "Group descriptor size", "Inode blocks per group",
-    "Inode count", "Inode size", "Inodes per group", "Journal backup", "Journal inode", "Journal features",
-    "Maximum mount count", "Required extra isize", "Reserved GDT blocks", "Reserved block count",
-    "Reserved blocks gid", "Reserved blocks uid", "Total journal size", "Total journal blocks",
-    "Max transaction length",
-    "Checksum type", "Journal checksum type", "Check interval", "Filesystem state", "Overhead clusters",
-}  # fmt: skip
-"""Lines of 'dumpe2fs -h'; the others are times, what is free, ids drawn by lot, and what depends on these."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +65,11 @@ def built(element_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
-def told(entry: Entry, *, without: frozenset[str] = frozenset()) -> dict[str, object]:
-    """What must be the same, whoever wrote the file system."""
-    dropped = {"inode", "blocks_bytes", *without}
-    if stat.S_ISDIR(entry.mode):
-        dropped.add("size")
-    return {name: value for name, value in dataclasses.asdict(entry).items() if name not in dropped}
-
-
 def differences(built: Mapping[str, Built], paths: set[bytes], *, without: frozenset[str] = frozenset()) -> list[str]:
     """What is not the same of *paths*, one line for each."""
     found = []
     for path in sorted(paths):
-        vm, sandbox = (told(built[isolation].entries[path], without=without) for isolation in ISOLATIONS)
+        vm, sandbox = (ext4.told(built[isolation].entries[path], without=without) for isolation in ISOLATIONS)
         found += [f"{path!r}: {name}: vm {vm[name]!r}, sandbox {sandbox[name]!r}" for name in vm
                   if vm[name] != sandbox[name]]  # fmt: skip
     return found
@@ -228,7 +206,9 @@ def test_the_check_finds_nothing_wrong(built: dict[str, Built], isolation: str) 
 
 def test_superblocks_agree_in_what_mkfs_decides(built: dict[str, Built]) -> None:
     vm, sandbox = (ext4.superblock(built[isolation].image) for isolation in ISOLATIONS)
-    assert len(DECIDED_BY_MKFS & set(vm)) > 30
-    assert {name: sandbox.get(name) for name in DECIDED_BY_MKFS} == {name: vm.get(name) for name in DECIDED_BY_MKFS}
+    assert len(ext4.DECIDED_BY_MKFS & set(vm)) > 30
+    assert {name: sandbox.get(name) for name in ext4.DECIDED_BY_MKFS} == {
+        name: vm.get(name) for name in ext4.DECIDED_BY_MKFS
+    }
     assert vm["Filesystem volume name"] == "cloudimg-rootfs"
     assert vm["Total journal size"] == "64M"
