@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from helpers import Run, make_probe, make_tiny_os, virt_dib
+from helpers import ISOLATIONS, Run, make_probe, make_tiny_os, skip_without, virt_dib
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.supermin import cache_dir
@@ -84,13 +84,20 @@ def appliance(make_appliance: MakeAppliance) -> Iterator[Appliance]:
         yield running
 
 
+@pytest.fixture(scope="session", params=ISOLATIONS)
+def isolation(request: pytest.FixtureRequest) -> str:
+    """Where the tree stage of ``probe_build`` runs; what asks for either runs once for each."""
+    skip_without(request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def probe_build(element_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def probe_build(isolation: str, element_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One whole build of ``tiny-os`` and ``probe``, raw and qcow2, without partitions."""
     run = virt_dib(
         [
             "--name", "probe", "--formats", "raw,qcow2", "--size", "1G", "--skip-base", "-p", element_dir,
-            "--envvar", "PROBE_VALUE=two words, 'quotes', $dollar", "--envvar", "DIB_PROBE=1",
+            "--isolation", isolation, "--envvar", "PROBE_VALUE=two words, 'quotes', $dollar", "--envvar", "DIB_PROBE=1",
             "--extra-packages", "first,second", "tiny-os", "probe",
         ],
         cwd=tmp_path_factory.mktemp("probe-build"),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts see in each phase, against contract sections 1.4 and 1.5; written from the contract, not the code."""
+"""What scripts see in each phase, against contract sections 1.4 and 1.5; written from the contract, not the code.
+
+All of it holds for both isolations. What may differ in the sandbox, docs/isolation.md says.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,8 @@ COMPARED_OTHERWISE = {
     "BASH_FUNC_die%%", "BASH_FUNC_get_image_element_array%%", "BASH_FUNC__ps4%%", "PS4", "DIB_ENV",
 }  # fmt: skip
 OF_BASH = {"PWD", "OLDPWD", "SHLVL", "_"}
+SANDBOX_NODES = {f"/dev/{name}" for name in ("full", "null", "random", "tty", "urandom", "zero")}
+"""In the sandbox each of them is a mount of its own, also in the tree."""
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +88,11 @@ def answer(probe_dir: Path, phase: Phase, what: str) -> str:
 def mounts(probe_dir: Path, phase: Phase) -> dict[str, list[str]]:
     lines = answer(probe_dir, phase, "mounts").splitlines()
     return {fields[1]: fields for fields in (line.split() for line in lines)}
+
+
+def nodes(isolation: str, phase: Phase) -> set[str]:
+    """The device nodes that are mounts of their own: in the sandbox, so not in the disk stage."""
+    return SANDBOX_NODES if isolation == "sandbox" and phase in UNTIL_POST_ROOT else set()
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -160,23 +170,24 @@ def test_hooks_are_writable_outside(probe_dir: Path, phase: Phase) -> None:
 
 
 @pytest.mark.parametrize("phase", CHROOT)
-def test_mounts_inside(probe_dir: Path, phase: Phase) -> None:
+def test_mounts_inside(probe_dir: Path, isolation: str, phase: Phase) -> None:
     seen = mounts(probe_dir, phase)
+    own = nodes(isolation, phase)
     assert seen["/proc"][2] == "proc"
-    assert seen["/dev"][2] == "devtmpfs"
+    assert seen["/dev"][2] == ("tmpfs" if own else "devtmpfs")
     assert seen["/dev/pts"][2] == "devpts"
     assert seen["/sys"][2] == "sysfs"
     assert "ro" in seen["/sys"][3].split(",")
     assert "/dev/shm" not in seen
-    assert set(seen) == {"/", "/proc", "/dev", "/dev/pts", "/sys", "/tmp/in_target.d"} - (
-        set() if phase is Phase.FINALISE else {"/"}
-    )
+    top = {"/"} if phase is Phase.FINALISE else set()
+    assert set(seen) == {"/proc", "/dev", "/dev/pts", "/sys", "/tmp/in_target.d"} | own | top
 
 
 @pytest.mark.parametrize("phase", OUTSIDE)
-def test_mounts_on_the_tree_outside(probe_dir: Path, phase: Phase) -> None:
+def test_mounts_on_the_tree_outside(probe_dir: Path, isolation: str, phase: Phase) -> None:
     below = {point for point in mounts(probe_dir, phase) if point.startswith("/dib/build/mnt")}
     kernel = {f"/dib/build/mnt/{name}" for name in ("proc", "dev", "dev/pts", "sys")}
+    kernel |= {f"/dib/build/mnt{node}" for node in nodes(isolation, phase)}
     if phase is Phase.ROOT or phase is Phase.BLOCK_DEVICE:
         assert below == set()
     elif phase in IN_THE_IMAGE:

@@ -192,7 +192,6 @@ def host_state(bait: Bait) -> dict[str, object]:
         + [str(path) for path in Path("/usr/bin").glob(f"{bait.marker}*")],
         "module": Path("/sys/module/dummy").exists(),
         "core_pattern": CORE_PATTERN.read_text(),
-        "mounts": bait.marker in Path("/proc/mounts").read_text(),
     }
 
 

@@ -24,9 +24,7 @@ from virt_dib import environment as contract
 from virt_dib import namespaces, sandbox, staging, tools, workspace
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
 from virt_dib.jobs import Event
-from virt_dib.plan import make_plan
 from virt_dib.sandbox import Sandbox, Settings, open_sandbox
-from virt_dib.spec import TREE_PHASES, BuildSpec, Phase, Where
 
 pytestmark = pytest.mark.sandbox
 
@@ -298,95 +296,18 @@ def test_capabilities_are_few(box: Sandbox) -> None:
     assert "Seccomp:?2" in output
 
 
-# ---- the tree stage ----
+# ---- the tree stage: what its phases see, tests/test_contract.py has ----
 
 
-@pytest.fixture(scope="module")
-def probed(element_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """A sandbox in which the tree stage of ``tiny-os`` and ``probe`` has run."""
-    directory = tmp_path_factory.mktemp("probed")
-    spec = BuildSpec(
-        name="probe",
-        output_dir=directory,
-        elements=("tiny-os", "probe"),
-        element_paths=(element_dir,),
-        formats=("raw",),
-        skip_base=True,
-        variables={"PROBE_VALUE": "two words, 'quotes', $dollar"},
-        network=False,
-    )
-    plan = make_plan(spec, directory, host_environment={"HOST_SECRET": "from the host", "TMPDIR": "/nowhere"})
-    with open_sandbox(Settings(directory=plan.staging.directory, network=False)) as running:
-        for phase in TREE_PHASES:
-            hooks = f"{contract.HOOKS}/{phase.directory}"
-            command, cwd = [f"{GUEST}/run-phase.sh", hooks], contract.OUT
-            if phase.where is Where.CHROOT:
-                command, cwd = [f"{GUEST}/in-chroot.sh", contract.TREE, contract.HOOKS, phase.directory], "/"
-            events: list[Event] = []
-            assert running.is_directory(hooks)
-            result = running.run(
-                command,
-                contract.for_phase(plan.facts, phase),
-                cwd,
-                functions=contract.functions(plan.facts, phase),
-                on_event=events.append,
-            )
-            assert result.exit_status == 0, result.tail
-            assert [(event.name, event.words[0]) for event in events][-2:] == [
-                ("start", "50-probe"),
-                ("end", "50-probe"),
-            ]
-            if phase is Phase.ROOT:
-                step = ["after_root", contract.TREE, contract.HOOKS, "source"]
-                running.run([f"{GUEST}/tree.sh", *step], RUNNER, contract.GUEST).check("preparing the tree")
-        step = ["set_aside", contract.TREE, contract.BUILT]
-        running.run([f"{GUEST}/tree.sh", *step], RUNNER, contract.GUEST).check("setting the tree aside")
-        yield running
-
-
-def answer(box: Sandbox, phase: Phase, what: str) -> bytes:
-    directory = f"{contract.BUILT}/var/lib/probe" if phase.where is Where.CHROOT else f"{contract.OUT}/probe"
-    return box.read(f"{directory}/{phase.directory}.{what}")
-
-
-@pytest.mark.parametrize("phase", TREE_PHASES)
-def test_the_contract_holds_in_each_phase(probed: Sandbox, phase: Phase) -> None:
-    inside = phase.where is Where.CHROOT
-    seen = dict(item.decode().split("=", 1) for item in answer(probed, phase, "environment").split(b"\0") if item)
-    assert seen["PROBE_VALUE"] == "two words, 'quotes', $dollar"
-    assert seen["PROBE_FROM_ENVIRONMENT"] == "yes"
-    assert seen["HOME"] == ("/root" if inside else "/dib/home")
-    assert seen["TMP_MOUNT_PATH"] == "/dib/build/mnt"
-    assert ("HOST_SECRET" in seen) == (phase is Phase.EXTRA_DATA)
-    assert "TMPDIR" not in seen
-    assert answer(probed, phase, "user") == b"0\n"
-    assert answer(probed, phase, "cwd") == (b"/\n" if inside else b"/dib/out\n")
-
-
-@pytest.mark.parametrize("phase", TREE_PHASES)
-def test_mounts_are_those_of_the_contract_and_the_device_nodes(probed: Sandbox, phase: Phase) -> None:
-    lines = [line.split() for line in answer(probed, phase, "mounts").decode().splitlines()]
-    top = "" if phase.where is Where.CHROOT else "/dib/build/mnt"
-    kinds = {line[1].removeprefix(top): line[2] for line in lines if line[1].startswith(f"{top}/")}
-    nodes = {point for point in kinds if point.removeprefix("/dev/") in DEVICES}
-    points = set(kinds) - nodes
-    if phase is Phase.ROOT:
-        assert points | nodes == set()
-        return
-    assert nodes == {f"/dev/{name}" for name in DEVICES}
-    assert points == {"/proc", "/dev", "/dev/pts", "/sys"} | ({"/tmp/in_target.d"} if not top else set())
-    assert (kinds["/proc"], kinds["/dev/pts"], kinds["/sys"]) == ("proc", "devpts", "sysfs")
-
-
-@pytest.mark.parametrize("phase", [phase for phase in TREE_PHASES if phase.where is Where.CHROOT])
-def test_hooks_are_read_only_inside(probed: Sandbox, phase: Phase) -> None:
-    assert answer(probed, phase, "read-only").decode().strip() == f"/tmp/in_target.d/{phase.directory}"
-
-
-def test_nothing_is_mounted_on_the_finished_tree(probed: Sandbox) -> None:
-    assert bash(probed, "grep ' /dib/build/' /proc/self/mounts; ls -A /dib/build/built/dev /dib/build/built/proc")[
-        1
-    ] == ("/dib/build/built/dev:\n\n/dib/build/built/proc:\n")
+def test_nothing_is_mounted_on_the_finished_tree(box: Sandbox) -> None:
+    text = f"""
+        set -e; mkdir -p {contract.HOOKS} {contract.TREE}/bin; cd /dib
+        {GUEST}/tree.sh after_root {contract.TREE} {contract.HOOKS} source
+        ls {contract.TREE}/dev/pts; mount -t tmpfs none {contract.TREE}/bin
+        {GUEST}/tree.sh set_aside {contract.TREE} {contract.BUILT}
+        grep ' /dib/build/' /proc/self/mounts || echo none; cd {contract.BUILT}; ls -A dev proc sys bin
+    """
+    assert bash(box, text) == (0, "ptmx\nnone\nbin:\n\ndev:\n\nproc:\n\nsys:\n")
 
 
 # ---- the build disk ----
