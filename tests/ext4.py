@@ -30,8 +30,7 @@ DECIDED_BY_MKFS = {
     "Inode count", "Inode size", "Inodes per group", "Journal backup", "Journal inode",
     "Maximum mount count", "Required extra isize", "Reserved GDT blocks", "Reserved block count",
     "Reserved blocks gid", "Reserved blocks uid", "Total journal size", "Total journal blocks",
-    "Max transaction length",
-    "Checksum type", "Check interval", "Filesystem state", "Overhead clusters",
+    "Max transaction length", "Checksum type", "Check interval", "Filesystem state", "Overhead clusters",
 }  # fmt: skip
 """Lines of 'dumpe2fs -h'; the others are times, what is free, ids drawn by lot, what depends on these, and what the
 kernel writes into a journal when it uses it."""

@@ -312,6 +312,7 @@ def test_the_attempts_succeed_where_nothing_hinders_them(tmp_path: Path) -> None
             environment={"PATH": "/usr/bin:/bin", **laid.variables()},
         )
         results = outcomes((tmp_path / "result").read_text())
+        assert holds(tmp_path / "result", laid.secret)
         assert set(successes(results, set(harmless))) == set(harmless), results
         assert all(laid.secret in results[name] for name in harmless[:3])
         assert connections(laid.loopback) == 1
