@@ -7,6 +7,7 @@
    than January 2038 becomes 1902.
 2. Device nodes, for which the sandbox has empty files that say so (class Nodes of ``sandbox-init.py``).
 3. The owner and the mode of the directory at the top.
+4. Names that one symbolic link has. mke2fs keeps the hard links of all else, but makes a link of each name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import stat
 import struct
 import sys
+import time
 
 READ_WRITE_64_BITS = 0x1 | 0x20000
 ROOT_INODE = 2
@@ -25,7 +27,7 @@ EXTRA_SIZE, EXTRA_TIMES_END = 0x80, 0x90 - 0x80
 TIMES = {"st_atime_ns": (0x08, 0x8C), "st_ctime_ns": (0x0C, 0x84), "st_mtime_ns": (0x10, 0x88)}
 NANOSECONDS = 10**9
 NODE_ATTRIBUTE = "user.virt-dib.node"
-MODE, GROUP, FLAGS, BLOCKS = 0x00, 0x18, 0x20, 0x28
+MODE, DELETED, GROUP, LINKS, SECTORS, FLAGS, BLOCKS = 0x00, 0x14, 0x18, 0x1A, 0x1C, 0x20, 0x28
 EXTENTS_FLAG = 0x80000
 OLD_DEVICE_LIMIT = 256
 # The kinds of nodes: the type in the mode, and the type in a directory entry.
@@ -73,6 +75,30 @@ class FileSystem:
             return ENTRY_CHANGED
 
         self._call("ext2fs_dir_iterate", ctypes.c_uint32(directory), 0, None, Callback(change), None)
+
+    def merge(self, directory: int, name: bytes, inode: int, kept: int) -> None:
+        """Let the entry *name* of *directory*, whose file is *inode*, be one more name of *kept*."""
+
+        def change(entry: int, _offset: int, _size: int, _buffer: int, _data: int) -> int:
+            length = ctypes.string_at(entry + 6, 1)[0]
+            if ctypes.string_at(entry + 8, length) != name:
+                return 0
+            ctypes.memmove(entry, struct.pack("I", kept), 4)
+            return ENTRY_CHANGED
+
+        self._call("ext2fs_read_bitmaps")
+        self._call("ext2fs_dir_iterate", ctypes.c_uint32(directory), 0, None, Callback(change), None)
+        content = self._read(kept)
+        struct.pack_into("<H", content, LINKS, struct.unpack_from("<H", content, LINKS)[0] + 1)
+        self._write(kept, content)
+        content = self._read(inode)
+        if struct.unpack_from("<I", content, SECTORS)[0]:
+            last = ctypes.c_uint64(2**64 - 1)
+            self._call("ext2fs_punch", ctypes.c_uint32(inode), content, None, ctypes.c_uint64(0), last)
+        struct.pack_into("<H", content, LINKS, 0)
+        struct.pack_into("<I", content, DELETED, int(time.time()))
+        self._write(inode, content)
+        self._library["ext2fs_inode_alloc_stats2"](self._handle, ctypes.c_uint32(inode), -1, 0)
 
     def remove_attribute(self, inode: int, name: str) -> None:
         """Remove an extended attribute."""
@@ -137,6 +163,7 @@ def restore(file_system: FileSystem, top: bytes) -> None:
     file_system.set_top(state)
     file_system.set_times(ROOT_INODE, state)
     nodes = set()
+    links: dict[int, int] = {}
     while waiting:
         path, directory = waiting.pop()
         inodes = file_system.entries(directory)
@@ -148,6 +175,11 @@ def restore(file_system: FileSystem, top: bytes) -> None:
                 state = entry.stat(follow_symlinks=False)
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append((entry.path, inode))
+                elif stat.S_ISLNK(state.st_mode) and state.st_nlink > 1:
+                    kept = links.setdefault(state.st_ino, inode)
+                    if kept != inode:
+                        file_system.merge(directory, entry.name, inode, kept)
+                        continue
                 elif stat.S_ISREG(state.st_mode) and state.st_size == 0 and (node := node_of(entry.path)):
                     kind, major, minor = node
                     file_system.set_kind(directory, entry.name, KINDS[kind][1])
