@@ -205,18 +205,19 @@ def test_a_data_file_is_not_overwritten_by_the_trial(tmp_path: Path) -> None:
 def test_what_is_written_is_what_the_disk_holds(tmp_path: Path, compress: bool) -> None:  # noqa: FBT001 - a parameter
     disk = tmp_path / "disk"
     disk.write_bytes(b"".join(bytes([number % 251]) * 4096 for number in range(1024)) + os.urandom(65536))
-    (output,) = formats.select(["qcow2"])
-    formats.write(output, disk, tmp_path / "partial", name="x.qcow2", compress=compress, options="compat=1.1")
-    assert formats.virtual_size_bytes(tmp_path / "partial", output) == disk.stat().st_size
+    targets = {f"x.{output.name}": (tmp_path / output.name, output) for output in formats.select(["qcow2", "raw"])}
+    formats.write(disk, targets, compress=compress, options="compat=1.1")
     qemu_img = tools.require("qemu-img", purpose="run the tests", package="qemu-utils")
-    tools.run([qemu_img, "compare", "-f", "raw", "-F", "qcow2", disk, tmp_path / "partial"], doing="comparing")
-    assert ((tmp_path / "partial").stat().st_size < disk.stat().st_size // 2) == compress
+    for written, output in targets.values():
+        assert formats.virtual_size_bytes(written, output) == disk.stat().st_size
+        tools.run([qemu_img, "compare", "-f", "raw", "-F", output.name, disk, written], doing="comparing")
+    assert ((tmp_path / "qcow2").stat().st_size < disk.stat().st_size // 2) == compress
 
 
 def test_messages_have_the_final_name(tmp_path: Path) -> None:
     (output,) = formats.select(["qcow2"])
     with pytest.raises(VirtDibError, match=r"writing 'x\.qcow2': 'qemu-img' failed"):
-        formats.write(output, tmp_path / "nothing", tmp_path / "partial", name="x.qcow2", compress=True, options="")
+        formats.write(tmp_path / "nothing", {"x.qcow2": (tmp_path / "partial", output)}, compress=True, options="")
 
 
 def test_the_build_takes_no_more_processors_than_eight(place: Path) -> None:

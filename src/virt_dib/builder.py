@@ -76,7 +76,7 @@ def build_image(
 def _steps(plan: BuildPlan) -> int:
     """How many phases and steps a build has, about."""
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
-    return 1 + len(phases) + len(disk_stage.STEPS) + len(plan.formats) + (1 if plan.spec.extra_packages else 0)
+    return 1 + len(phases) + len(disk_stage.STEPS) + 1 + (1 if plan.spec.extra_packages else 0)
 
 
 @contextlib.contextmanager
@@ -128,9 +128,8 @@ class _Build:
                 appliance.stop()
             # Of the disk, as long as any image may become, the output is the beginning.
             os.truncate(self._image_disk.path, size_bytes)
-            for output in plan.formats:
-                with self._phases.step(f"writing {output.name}"):
-                    outputs.convert(output, self._image_disk.path)
+            with self._phases.step(f"writing {', '.join(output.name for output in plan.formats)}"):
+                outputs.convert(plan.formats, self._image_disk.path)
             return outputs.publish()
 
     # ---- where ----

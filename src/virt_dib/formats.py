@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,27 +97,30 @@ def check_options(outputs: Sequence[DiskFormat], options: str, scratch: Path) ->
             )
 
 
-def write(output: DiskFormat, disk: Path, target: Path, *, name: str, compress: bool, options: str) -> None:
-    """Convert the raw *disk* to *target*, which must not exist yet.
+def write(disk: Path, targets: Mapping[str, tuple[Path, DiskFormat]], *, compress: bool, options: str) -> None:
+    """Convert the raw *disk* to all *targets*, which must not exist yet, at the same time.
 
-    *name* is what messages call it. *options* is the user's ``--qemu-img-options``; they are for formats that
-    have any.
+    The keys of *targets* are what messages call them. *options* is the user's ``--qemu-img-options``; they are for
+    formats that have any.
 
     Raises:
         ToolError: qemu-img failed.
     """
-    qemu_img = tools.require("qemu-img", purpose=f"write {output.name}", package="qemu-utils")
+    qemu_img = tools.require("qemu-img", purpose="write images", package="qemu-utils")
     coroutines = min(_MOST_COROUTINES, max(1, 2 * (os.cpu_count() or 1)))
-    command = [str(qemu_img), "convert", "-q", "-m", str(coroutines), "-f", "raw", "-O", output.qemu_name]
-    if output.compresses and compress:
-        # Compressed clusters in any order: the coroutines do not wait for each other.
-        command += ["-c", "-W"]
-    if options and output.takes_options:
-        command += ["-o", options]
+    commands: dict[str, list[str | Path]] = {}
+    for name, (target, output) in targets.items():
+        command = [str(qemu_img), "convert", "-q", "-m", str(coroutines), "-f", "raw", "-O", output.qemu_name]
+        if output.compresses and compress:
+            # Compressed clusters in any order: the coroutines do not wait for each other.
+            command += ["-c", "-W"]
+        if options and output.takes_options:
+            command += ["-o", options]
+        commands[f"writing '{name}'"] = [*command, disk, target]
     try:
-        tools.run([*command, disk, target], doing=f"writing '{name}'")
+        tools.run_together(commands)
     except ToolError as error:
-        hint = f"make room in '{target.parent}', or build into another directory: --name DIRECTORY/NAME"
+        hint = "make room in the output directory, or build into another one: --name DIRECTORY/NAME"
         raise ToolError(str(error), hint=hint if _is_full(str(error)) else None) from error
 
 

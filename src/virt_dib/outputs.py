@@ -54,12 +54,12 @@ class Outputs:
             self._partial.pop()
         return copied.left_out
 
-    def convert(self, output: formats.DiskFormat, disk: Path) -> None:
-        """Write one format."""
+    def convert(self, outputs: Sequence[formats.DiskFormat], disk: Path) -> None:
+        """Write all formats."""
         spec = self._spec
-        name = f"{spec.name}.{output.suffix}"
-        partial = self._new(name, output)
-        formats.write(output, disk, partial, name=name, compress=spec.compress, options=spec.qemu_img_options)
+        names = {f"{spec.name}.{output.suffix}": output for output in outputs}
+        targets = {name: (self._new(name, output), output) for name, output in names.items()}
+        formats.write(disk, targets, compress=spec.compress, options=spec.qemu_img_options)
 
     def publish(self) -> tuple[Artifact, ...]:
         """Give every file its name; what had that name before goes last, when all the new ones are in place."""

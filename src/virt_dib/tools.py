@@ -117,15 +117,37 @@ def run(
             out, err = process.communicate(input=stdin, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
             raise ToolError(f"{doing}: '{program}' did not finish in {timeout_s:.0f} s") from error
-        code = process.returncode
-    result = Result(
+    result = _result(process.returncode, out, err)
+    if check:
+        _check(result, process.returncode, f"{doing}: '{program}'")
+    return result
+
+
+def run_together(commands: Mapping[str, Sequence[str | Path]]) -> None:
+    """Run all *commands* at the same time, to their ends. Their keys name the work in errors.
+
+    Raises:
+        ToolError: one cannot be started or fails; the others are stopped.
+    """
+    with contextlib.ExitStack() as stack:
+        running = {doing: stack.enter_context(started(command)) for doing, command in commands.items()}
+        for doing, process in running.items():
+            out, err = process.communicate()
+            program = Path(os.fspath(commands[doing][0])).name
+            _check(_result(process.returncode, out, err), process.returncode, f"{doing}: '{program}'")
+
+
+def _result(code: int, out: bytes, err: bytes) -> Result:
+    return Result(
         exit_status=code if code >= 0 else 128 - code,
         stdout=out.decode(errors="replace"),
         stderr=err.decode(errors="replace"),
     )
-    if check and result.exit_status != 0:
-        raise ToolError(f"{doing}: '{program}' failed with {describe_status(code)}{_last_words(result)}")
-    return result
+
+
+def _check(result: Result, code: int, what: str) -> None:
+    if result.exit_status != 0:
+        raise ToolError(f"{what} failed with {describe_status(code)}{_last_words(result)}")
 
 
 def describe_status(code: int) -> str:
