@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from virt_dib import __version__, cli, formats, tools
 from virt_dib.errors import Interrupted, PrerequisiteError, Problem, ScriptError, UsageError, VirtDibError
-from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec
+from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation
 
 GIB = 1 << 30
 MANUAL_OPTIONS = [
@@ -127,6 +127,12 @@ def test_the_variable_for_kvm_is_the_default_of_the_option() -> None:
     assert parsed(environment={"VIRT_DIB_KVM": "off"}).options.kvm == "off"
     assert parsed(environment={"VIRT_DIB_KVM": ""}).options.kvm == "auto"
     assert parsed("--kvm", "on", environment={"VIRT_DIB_KVM": "off"}).options.kvm == "on"
+
+
+def test_the_variable_for_isolation_is_the_default_of_the_option() -> None:
+    assert parsed().options.isolation is Isolation.VM
+    assert parsed(environment={"VIRT_DIB_ISOLATION": "sandbox"}).options.isolation is Isolation.SANDBOX
+    assert parsed("--isolation", "auto", environment={"VIRT_DIB_ISOLATION": "vm"}).options.isolation is Isolation.AUTO
 
 
 def test_name_may_have_a_directory_that_exists(tmp_path: Path) -> None:
@@ -254,6 +260,12 @@ def test_bad_value_leaves_the_default_so_that_the_rest_can_be_checked() -> None:
         arch=cli.host_arch(),
         arguments=(*bad, "--root-label", "x" * 17, "vm"),
     )
+
+
+def test_bad_variable_for_isolation_is_a_problem_that_names_it() -> None:
+    assert problems_of(environment={"VIRT_DIB_ISOLATION": "chroot"}) == [
+        "unknown value of the variable VIRT_DIB_ISOLATION 'chroot'"
+    ]
 
 
 def test_bad_variable_for_kvm_is_a_problem_that_names_it() -> None:

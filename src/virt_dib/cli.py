@@ -31,6 +31,7 @@ _T = TypeVar("_T")
 
 PROG = "virt-dib"
 KVM_VARIABLE = "VIRT_DIB_KVM"
+ISOLATION_VARIABLE = "VIRT_DIB_ISOLATION"
 _VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
 _INSTALL_TYPES = ("source", "package")
 _DEFAULT_NAME = "image"
@@ -156,7 +157,8 @@ _GROUPS: Mapping[str, Sequence[_Option]] = {
         _value(
             "--isolation", "isolation", "WHERE",
             "run the scripts that fill the tree in the virtual machine, 'vm' (default), or faster where there is no "
-            "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work",
+            "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work; "
+            f"{ISOLATION_VARIABLE} sets the default",
         ),
         _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
         _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
@@ -365,7 +367,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         verbose=given.verbose,
         trace=given.trace,
         kvm=values.take(lambda: _kvm(given.kvm, environ), "auto"),
-        isolation=values.take(lambda: _isolation(given.isolation), Isolation.VM),
+        isolation=values.take(lambda: _isolation(given.isolation, environ), Isolation.VM),
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
@@ -511,8 +513,11 @@ def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
     return kvm.wanted_from_environment(environ)
 
 
-def _isolation(text: str | None) -> Isolation:
-    return Isolation(_choice("value of --isolation", text, [one.value for one in Isolation], Isolation.VM.value))
+def _isolation(text: str | None, environ: Mapping[str, str]) -> Isolation:
+    what = "value of --isolation"
+    if text is None and environ.get(ISOLATION_VARIABLE):
+        what, text = f"value of the variable {ISOLATION_VARIABLE}", environ[ISOLATION_VARIABLE]
+    return Isolation(_choice(what, text, [one.value for one in Isolation], Isolation.VM.value))
 
 
 def _size(text: str | None, variables: Mapping[str, str]) -> int | None:
