@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MakeAppliance
-from virt_dib.appliance import Appliance
+from virt_dib import appliance as appliance_module
+from virt_dib import plan, staging
+from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import Event, Splitter
+from virt_dib.supermin import cache_dir
 
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 TOKEN = b"0123456789abcdef"
@@ -172,3 +175,38 @@ def is_our_qemu(pid: str) -> bool:
     except OSError:
         return False
     return "qemu" in name and int(rest.split()[1]) == os.getpid()
+
+
+STANDS_STILL_ONCE = """#!/bin/sh
+case " $* " in
+    *" -kernel "*) [ -e "$0.tried" ] || { : >"$0.tried"; exec sleep 600; } ;;
+esac
+exec qemu-system-$(uname -m) "$@"
+"""
+
+
+@pytest.mark.appliance
+def test_an_appliance_that_stands_still_is_started_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appliance_module, "_START_TIMEOUTS_S", (3.0, 600.0))
+    program = tmp_path / "qemu"
+    program.write_text(STANDS_STILL_ONCE)
+    program.chmod(0o755)
+    content = staging.Staging(tmp_path / "staging")
+    content.add_guest_scripts()
+    content.make_disk(tmp_path / "build.img")
+    told: list[str] = []
+    settings = Settings(
+        disks=[Disk(path=tmp_path / "build.img", label="build")],
+        program=program,
+        cache_dir=cache_dir(),
+        memory_mib=plan.DEFAULT_MEMORY_MIB,
+        cpus=2,
+        network=False,
+        accelerate=False,
+        on_message=told.append,
+    )
+    with open_appliance(settings) as appliance:
+        appliance.prepare()
+        assert bash(appliance, "echo here") == (0, "here\n")
+    assert (tmp_path / "qemu.tried").exists()
+    assert told == ["starting the appliance: no answer in 3 s; starting it once more"]

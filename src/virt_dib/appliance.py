@@ -40,7 +40,8 @@ _CHUNK_BYTES = 1 << 20
 _POLL_FIRST_S = 0.05
 _POLL_LAST_S = 0.5
 _ALIVE_CHECK_S = 30.0
-_START_TIMEOUT_S = 600.0
+_START_TIMEOUTS_S = (180.0, 600.0)
+"""An emulated machine has been seen to stand still while it starts, once in some hundred times: it gets two tries."""
 _REPLY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 120.0
 _STARTING = "starting the appliance"
@@ -56,6 +57,10 @@ addresses it translates the same libraries again for every process."""
 _EMULATED_PROCESSOR = "max,la57=off,erms=off"
 """As libguestfs has it, but without the feature that makes kernel and C library copy memory with 'rep movsb',
 which is fast in a processor and goes byte by byte in an emulated one."""
+
+
+class _NoAnswerError(ApplianceError):
+    """The appliance stands still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +92,7 @@ class Settings:
     trace: bool = False
     verbose: bool = False
     on_message: Callable[[str], None] | None = None
-    """Gets what libguestfs says with ``trace`` and ``verbose``."""
+    """Gets what there is to tell, and what libguestfs says with ``trace`` and ``verbose``."""
 
 
 def binding_problem() -> Problem | None:
@@ -128,15 +133,32 @@ class Appliance:
         Raises:
             ApplianceError: it does not come up.
         """
-        self._result(self._starting, _STARTING, _START_TIMEOUT_S, None)
+        first_s, last_s = _START_TIMEOUTS_S
+        try:
+            self._prepare(first_s)
+        except _NoAnswerError as error:
+            if self._settings.on_message is not None:
+                self._settings.on_message(f"{error}; starting it once more")
+            self._start_again()
+            self._prepare(last_s)
+
+    def _prepare(self, timeout_s: float) -> None:
+        self._result(self._starting, _STARTING, timeout_s, None)
         with contextlib.suppress(ApplianceError):  # libvirt's machines are not our processes
             self._pid = self._call("asking for the appliance's process", self._handle.get_pid)
         if self._settings.early_disk is not None:
             self._call("unmounting what was staged", self._leave_early_disk)
             self._call("mounting the build disk in the appliance", self._mount, self._settings.disks[0])
-        self.run(["/bin/bash", "/sysroot/guest/setup.sh"], {"PATH": contract.SYSTEM_PATH}, "/").check(
-            "preparing the appliance"
-        )
+        command = ["/bin/bash", "/sysroot/guest/setup.sh"]
+        self.run(command, {"PATH": contract.SYSTEM_PATH}, "/", limit_s=timeout_s).check("preparing the appliance")
+
+    def _start_again(self) -> None:
+        """Have a new virtual machine in place of one that has been killed."""
+        with shielded():
+            self._caller.submit(self._handle.close).result()
+            self._pid = None
+            self._handle = self._caller.submit(_handle, self._settings).result()
+            self._starting = self._caller.submit(self._start)
 
     def _start(self) -> None:
         """In the thread of libguestfs: start the virtual machine, and have it import DIB in the background."""
@@ -195,8 +217,9 @@ class Appliance:
         functions: str = "",
         on_output: Callable[[bytes], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
+        limit_s: float | None = None,
     ) -> JobResult:
-        """Run *command* as :meth:`virt_dib.jobs.Place.run` has it."""
+        """Run *command* as :meth:`virt_dib.jobs.Place.run` has it; the appliance is killed if it takes *limit_s*."""
         token = secrets.token_hex(12)
         job = f"/jobs/{self._jobs}"
         self._jobs += 1
@@ -205,7 +228,8 @@ class Appliance:
         self._call(doing, self._handle.write, f"{job}.sh", text)
         pid = self._call(doing, self._handle.debug, "sh", [f"/bin/bash /sysroot/guest/start-job.sh {job} {token}"])
         tail = Tail()
-        status = self._follow(job, pid.strip(), token, on_output or tail.add, on_event)
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        status = self._follow(job, pid.strip(), token, on_output or tail.add, on_event, deadline=deadline)
         return JobResult(exit_status=status, tail=tail.text())
 
     def is_directory(self, path: str) -> bool:
@@ -255,6 +279,8 @@ class Appliance:
         token: str,
         on_output: Callable[[bytes], None],
         on_event: Callable[[Event], None] | None,
+        *,
+        deadline: float | None,
     ) -> int:
         """Pass on what the job prints until it says that it has ended; return its status."""
         splitter = Splitter(token.encode())
@@ -278,6 +304,9 @@ class Appliance:
             elif time.monotonic() - heard > _ALIVE_CHECK_S:
                 self._check_alive(pid)
                 heard = time.monotonic()
+            if deadline is not None and time.monotonic() > deadline:
+                self._kill()
+                raise _NoAnswerError("the appliance stood still while it was being prepared")
             self._check_host_space()
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _POLL_LAST_S)
@@ -411,7 +440,7 @@ def _wait(
         if meanwhile is not None:
             meanwhile()
         elif time.monotonic() > until:
-            raise ApplianceError(
+            raise _NoAnswerError(
                 f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
             )
 
