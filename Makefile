@@ -69,4 +69,4 @@ bench: $(READY) ## a small build, timed against the virt-dib of guestfs-tools
 
 .PHONY: bench-debian
 bench-debian: $(READY) ## Debian builds, timed against the appliance and, as root, disk-image-create; hours
-	@$(BIN)/python bench/debian_build.py
+	@$(BIN)/python bench/debian_build.py $(ARGS)
