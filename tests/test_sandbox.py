@@ -725,10 +725,17 @@ def test_all_of_this_as_an_ordinary_user(tmp_path: Path) -> None:
 
 
 def ordinary_user() -> pwd.struct_passwd | None:
+    """The first one who has subordinate ids, if virt-dib is where that user can run it."""
     with contextlib.suppress(OSError):
         for line in Path("/etc/subuid").read_text().splitlines():
             name, _, count = line.split(":")
             with contextlib.suppress(KeyError, ValueError):
-                if int(count) >= namespaces.IDS and pwd.getpwnam(name).pw_uid != 0:
-                    return pwd.getpwnam(name)
+                user = pwd.getpwnam(name)
+                if int(count) >= namespaces.IDS and user.pw_uid != 0 and may_run(user):
+                    return user
     return None
+
+
+def may_run(user: pwd.struct_passwd) -> bool:
+    command = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", sys.executable]
+    return tools.run([*command, "-m", "virt_dib", "--version"], doing="trying", check=False).exit_status == 0
