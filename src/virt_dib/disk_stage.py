@@ -25,6 +25,7 @@ STEPS = ("making the image disk", "copying the tree", "cleaning up")
 """What the report shows besides the phases."""
 
 _ANSWER_LIMIT = 16384
+_NOT_FILLED_HINT = "build with --isolation vm, which copies the tree whatever the layout is"
 _NO_ROOM = re.compile(r"No space left on device|Could not allocate (?:block|inode)|No free space in the directory")
 """What cp and mke2fs say when a tree is too large."""
 
@@ -125,10 +126,14 @@ class DiskStage:
         parts = self._plan.layout.parts
         points = [file_system.mount_point for file_system in file_systems]
         if points != [part.mount_point for part in parts]:
-            raise ApplianceError(f"filling the image: dib-block-device has mounted {points}, which was not to be")
+            raise ApplianceError(
+                f"filling the image: dib-block-device has mounted {points}, which was not to be", hint=_NOT_FILLED_HINT
+            )
         chosen = [number for number, part in enumerate(parts) if part.fillable]
         if not all(layout.are_plain_options(file_systems[number].opts) for number in chosen):
-            raise ApplianceError("filling the image: dib-block-device has used options which were not to be")
+            raise ApplianceError(
+                "filling the image: dib-block-device has used options which were not to be", hint=_NOT_FILLED_HINT
+            )
         extents = self._extents([file_systems[number] for number in chosen])
         guest_script(self._appliance, "tree.sh", "make_way", contract.TREE, *points).check("unmounting the image")
         for number, extent in zip(chosen, extents, strict=True):
