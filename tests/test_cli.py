@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virt_dib import __version__, cli, formats, tools
+from virt_dib import __version__, cli, command_line, formats, tools
 from virt_dib.errors import Interrupted, PrerequisiteError, Problem, ScriptError, UsageError, VirtDibError
+from virt_dib.options import build_parser
 from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation
 
 GIB = 1 << 30
@@ -24,8 +25,8 @@ MANUAL_OPTIONS = [
 ]  # fmt: skip
 
 
-def parsed(*arguments: str, environment: Mapping[str, str] | None = None) -> cli.CommandLine:
-    command = cli.parse([*arguments, "debian-minimal", "vm"], environment or {})
+def parsed(*arguments: str, environment: Mapping[str, str] | None = None) -> command_line.CommandLine:
+    command = command_line.parse([*arguments, "debian-minimal", "vm"], environment or {})
     assert command.problems == ()
     assert command.spec.elements == ("debian-minimal", "vm")
     return command
@@ -33,7 +34,7 @@ def parsed(*arguments: str, environment: Mapping[str, str] | None = None) -> cli
 
 def problems_of(*arguments: str, environment: Mapping[str, str] | None = None) -> list[str]:
     """The messages, elements being named."""
-    command = cli.parse([*arguments, "debian-minimal"], environment or {})
+    command = command_line.parse([*arguments, "debian-minimal"], environment or {})
     return [problem.message for problem in command.problems]
 
 
@@ -47,12 +48,12 @@ def joined(value: object) -> str | None:
 
 def test_defaults() -> None:
     command = parsed()
-    assert command.options == cli.Options()
+    assert command.options == command_line.Options()
     assert command.spec == BuildSpec(
         name="image",
         output_dir=Path(),
         elements=("debian-minimal", "vm"),
-        arch=cli.host_arch(),
+        arch=command_line.host_arch(),
         arguments=("debian-minimal", "vm"),
     )
 
@@ -108,18 +109,18 @@ def test_option_sets_the_spec(arguments: list[str], field: str, value: object) -
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        (["-q"], cli.Options(quiet=True)),
-        (["--quiet"], cli.Options(quiet=True)),
-        (["-v"], cli.Options(verbose=True)),
-        (["--verbose"], cli.Options(verbose=True)),
-        (["-x"], cli.Options(trace=True)),
-        (["-qvx"], cli.Options(quiet=True, verbose=True, trace=True)),
-        (["--kvm", "on"], cli.Options(kvm="on")),
-        (["--kvm=off"], cli.Options(kvm="off")),
+        (["-q"], command_line.Options(quiet=True)),
+        (["--quiet"], command_line.Options(quiet=True)),
+        (["-v"], command_line.Options(verbose=True)),
+        (["--verbose"], command_line.Options(verbose=True)),
+        (["-x"], command_line.Options(trace=True)),
+        (["-qvx"], command_line.Options(quiet=True, verbose=True, trace=True)),
+        (["--kvm", "on"], command_line.Options(kvm="on")),
+        (["--kvm=off"], command_line.Options(kvm="off")),
     ],
     ids=joined,
 )
-def test_option_sets_the_options(arguments: list[str], options: cli.Options) -> None:
+def test_option_sets_the_options(arguments: list[str], options: command_line.Options) -> None:
     assert parsed(*arguments).options == options
 
 
@@ -152,7 +153,7 @@ def test_any_value_of_a_variable_arrives_as_it_is(value: str) -> None:
 
 def test_dib_args_are_the_arguments_as_given() -> None:
     arguments = ["vm", "--name=d", "-u", "--", "debian-minimal"]
-    command = cli.parse(arguments, {})
+    command = command_line.parse(arguments, {})
     assert command.spec.arguments == tuple(arguments)
     assert command.spec.elements == ("vm", "debian-minimal")
 
@@ -171,14 +172,14 @@ def test_dib_args_are_the_arguments_as_given() -> None:
     ids=joined,
 )
 def test_options_may_stand_anywhere_shortened_or_with_one_dash(arguments: list[str]) -> None:
-    command = cli.parse(arguments, {})
+    command = command_line.parse(arguments, {})
     assert command.problems == ()
     assert command.spec.elements == ("vm", "debian-minimal")
     assert (command.spec.name, command.spec.compress) == ("d", False)
 
 
 def test_after_two_dashes_everything_is_an_element() -> None:
-    assert cli.parse(["--", "--name", "--", "-u"], {}).spec.elements == ("--name", "--", "-u")
+    assert command_line.parse(["--", "--name", "--", "-u"], {}).spec.elements == ("--name", "--", "-u")
 
 
 @pytest.mark.parametrize(
@@ -187,11 +188,11 @@ def test_after_two_dashes_everything_is_an_element() -> None:
 )
 def test_architecture_is_named_as_debian_does(machine: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert cli.host_arch() == arch
+    assert command_line.host_arch() == arch
 
 
 def test_help_has_every_option_of_the_manual_and_only_what_is_read() -> None:
-    text = cli.build_parser().format_help()
+    text = build_parser().format_help()
     words = set(text.replace(",", " ").split())
     assert [option for option in [*MANUAL_OPTIONS, "--kvm"] if option not in words] == []
     assert all(name in text for name in [*formats.KNOWN, *LABEL_LIMITS])
@@ -250,14 +251,14 @@ def test_bad_value_is_one_problem(arguments: list[str], message: str) -> None:
 
 def test_bad_value_leaves_the_default_so_that_the_rest_can_be_checked() -> None:
     bad = ["--name=", "--size=5Q", "--fs-type=x", "--formats=qcow", "-m0", "--smp=0", "--debug=x", "--arch=", "--kvm=x"]
-    command = cli.parse([*bad, "--root-label", "x" * 17, "vm"], {})
+    command = command_line.parse([*bad, "--root-label", "x" * 17, "vm"], {})
     assert len(command.problems) == len(bad)
     assert command.options.kvm == "auto"
     assert command.spec == BuildSpec(
         name="image",
         output_dir=Path(),
         elements=("vm",),
-        arch=cli.host_arch(),
+        arch=command_line.host_arch(),
         arguments=(*bad, "--root-label", "x" * 17, "vm"),
     )
 
@@ -287,7 +288,7 @@ def test_bad_variable_for_kvm_is_a_problem_that_names_it() -> None:
     ],
 )
 def test_unknown_option(word: str, unknown: str | None, meant: str | None) -> None:
-    command = cli.parse(["debian-minimal", word], {})
+    command = command_line.parse(["debian-minimal", word], {})
     assert [problem.message for problem in command.problems] == ([f"unknown option '{unknown}'"] if unknown else [])
     if unknown:
         hint = f"did you mean '{meant}'?" if meant else "'virt-dib --help' lists all options"
@@ -295,18 +296,20 @@ def test_unknown_option(word: str, unknown: str | None, meant: str | None) -> No
 
 
 def test_value_of_a_misspelt_option_is_not_taken_for_an_element() -> None:
-    assert cli.parse(["--fromats", "raw", "vm"], {}).spec.elements == ("vm",)
-    assert cli.parse(["--fromats=raw", "vm"], {}).spec.elements == ("vm",)
-    assert cli.parse(["--skipbase", "vm"], {}).spec.elements == ("vm",)
+    assert command_line.parse(["--fromats", "raw", "vm"], {}).spec.elements == ("vm",)
+    assert command_line.parse(["--fromats=raw", "vm"], {}).spec.elements == ("vm",)
+    assert command_line.parse(["--skipbase", "vm"], {}).spec.elements == ("vm",)
 
 
 def test_option_without_its_value() -> None:
-    assert cli.parse(["vm", "--name"], {}).problems == (Problem("option '--name' needs a value", "--name [DIR/]NAME"),)
+    assert command_line.parse(["vm", "--name"], {}).problems == (
+        Problem("option '--name' needs a value", "--name [DIR/]NAME"),
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--name", "d"], ["--"]], ids=joined)
 def test_no_element_is_a_problem(arguments: list[str]) -> None:
-    assert [problem.message for problem in cli.parse(arguments, {}).problems] == ["no element named"]
+    assert [problem.message for problem in command_line.parse(arguments, {}).problems] == ["no element named"]
 
 
 def test_all_mistakes_are_found() -> None:
@@ -324,7 +327,7 @@ def test_all_mistakes_are_found() -> None:
         "2",
         "--smp",
     ]
-    assert [problem.message for problem in cli.parse(arguments, {}).problems] == [
+    assert [problem.message for problem in command_line.parse(arguments, {}).problems] == [
         "unknown option '--wat'",
         "option '--smp' needs a value",
         "cannot use '1' as the name of a variable in --envvar",
@@ -346,7 +349,7 @@ WORDS = st.one_of(
 
 @given(st.lists(WORDS, max_size=8))
 def test_no_command_line_ends_in_anything_but_problems(words: Sequence[str]) -> None:
-    command = cli.parse(words, {})
+    command = command_line.parse(words, {})
     assert command.spec.arguments == tuple(words)
     assert all(problem.message for problem in command.problems)
 
@@ -396,7 +399,7 @@ def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--size", "5Q", "--help", "--wat"]], ids=joined)
 def test_help_wins_over_mistakes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
-    assert capsys.readouterr() == (cli.build_parser().format_help(), "")
+    assert capsys.readouterr() == (build_parser().format_help(), "")
 
 
 def test_two_mistakes_and_an_unknown_element_in_one_message(
@@ -506,10 +509,10 @@ def test_default_size_is_the_one_in_the_help() -> None:
 def test_variables_that_mean_what_an_option_means(
     variable: str, option: list[str], field: str, from_variable: object, from_option: object
 ) -> None:
-    assert getattr(cli.parse(["--envvar", variable, "debian"], {}).spec, field) == from_variable
-    assert getattr(cli.parse(["--envvar", variable, *option, "debian"], {}).spec, field) == from_option
+    assert getattr(command_line.parse(["--envvar", variable, "debian"], {}).spec, field) == from_variable
+    assert getattr(command_line.parse(["--envvar", variable, *option, "debian"], {}).spec, field) == from_option
 
 
 def test_variables_of_bash_cannot_be_set() -> None:
-    (problem,) = cli.parse(["--envvar", "UID=7", "debian"], {}).problems
+    (problem,) = command_line.parse(["--envvar", "UID=7", "debian"], {}).problems
     assert "UID" in problem.message

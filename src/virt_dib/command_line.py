@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command line of ``virt-dib``, read: options to a BuildSpec, mistakes to problems that are told together."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from virt_dib import __version__, formats, kvm
+from virt_dib.errors import Problem, UsageError
+from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, sort_words
+from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, check_label, parse_size
+
+_T = TypeVar("_T")
+
+_VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
+_INSTALL_TYPES = ("source", "package")
+_DEFAULT_NAME = "image"
+_DEFAULT_FS_TYPE = "ext4"
+_MIN_MEMORY_MIB = 256
+_MAX_MEMORY_MIB = 1 << 24
+_MAX_CPUS = 255
+_MAX_DEBUG_LEVEL = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the command line says about the run rather than the image."""
+
+    quiet: bool = False
+    verbose: bool = False
+    trace: bool = False
+    kvm: str = "auto"
+    """``auto``, ``on`` or ``off``."""
+    isolation: Isolation = Isolation.VM
+    answer: str | None = None
+    """Text to print instead of building (--help, --version)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandLine:
+    """A command line, read. Where a value was wrong, the default stands in for it and *problems* has why."""
+
+    spec: BuildSpec
+    options: Options
+    problems: tuple[Problem, ...] = ()
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> CommandLine:
+    """Read the command line *arguments*; *environment* (the process's own) gives --envvar NAME its values.
+
+    What is wrong is in the result's problems, not raised, so that it can be told together with what
+    turns out to be wrong later.
+    """
+    environ = os.environ if environment is None else environment
+    given, mistakes = sort_words(arguments)
+    values = _Values(mistakes)
+    options = Options(
+        quiet=given.quiet,
+        verbose=given.verbose,
+        trace=given.trace,
+        kvm=values.take(lambda: _kvm(given.kvm, environ), "auto"),
+        isolation=values.take(lambda: _isolation(given.isolation, environ), Isolation.VM),
+        answer=_answer(given),
+    )
+    spec = _spec(given, values, environ, tuple(arguments))
+    return CommandLine(spec=spec, options=options, problems=tuple(values.problems))
+
+
+class _Values:
+    """Takes values, and keeps what is wrong with them."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+
+    def take(self, read: Callable[[], _T], default: _T) -> _T:
+        """What *read* returns, or *default* when the user wrote something else than it wants."""
+        try:
+            return read()
+        except UsageError as error:
+            self.problems += error.problems
+            return default
+
+
+def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: tuple[str, ...]) -> BuildSpec:
+    output_dir, name = values.take(lambda: _name(given.name), (Path(), _DEFAULT_NAME))
+    nothing: dict[str, str] = {}
+    default_size: int | None = DEFAULT_SIZE_BYTES
+    variables = values.take(lambda: _variables(given.envvars, environ), nothing)
+
+    def asked(option: str | None, variable: str) -> str | None:
+        """The option, or where there is none the variable that means the same to diskimage-builder."""
+        return option if option is not None else variables.get(variable) or None
+
+    asked_fs_type = asked(given.fs_type, "FS_TYPE")
+    fs_type = values.take(lambda: _choice("file system", asked_fs_type, tuple(LABEL_LIMITS), _DEFAULT_FS_TYPE), "")
+    root_label = values.take(lambda: _label(asked(given.root_label, "ROOT_LABEL"), fs_type), None)
+    debug = asked(given.debug, "DIB_DEBUG_TRACE")
+    return BuildSpec(
+        name=name,
+        output_dir=output_dir,
+        elements=values.take(lambda: _elements(given.elements), ()),
+        element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
+        dib_library=values.take(lambda: _path("-B", given.dib_library), None),
+        formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
+        size_bytes=values.take(lambda: _size(given.size, variables), default_size),
+        arch=values.take(lambda: _arch(asked(given.arch, "ARCH")), host_arch()),
+        variables=variables,
+        debug_level=values.take(lambda: _number("debug level", debug, 0, _MAX_DEBUG_LEVEL), None) or 0,
+        memory_mib=values.take(
+            lambda: _number("memory size in MB", given.memory, _MIN_MEMORY_MIB, _MAX_MEMORY_MIB), None
+        ),
+        cpus=values.take(lambda: _number("number of processors", given.cpus, 1, _MAX_CPUS), None),
+        network=given.network,
+        root_label=root_label if fs_type else None,
+        fs_type=fs_type or _DEFAULT_FS_TYPE,
+        mkfs_options=given.mkfs_options or "",
+        extra_packages=tuple(_comma_list(",".join(given.extra_packages))),
+        skip_base=given.skip_base,
+        install_type=values.take(
+            lambda: _choice("install type", given.install_type, _INSTALL_TYPES, "source"), "source"
+        ),
+        excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
+        excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
+        delete_on_failure=not given.keep_on_failure,
+        compress=not given.uncompressed,
+        qemu_img_options=given.qemu_img_options or "",
+        arguments=arguments,
+    )
+
+
+def host_arch() -> str:
+    """This host's architecture in Debian's words, as DIB derives ARCH (contract section 1.5)."""
+    machine = platform.machine()
+    if machine.startswith("armv"):
+        return "armhf"
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def _answer(given: Given) -> str | None:
+    if given.help:
+        return build_parser().format_help()
+    return f"{PROG} {__version__}\n" if given.version else None
+
+
+def _elements(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        raise UsageError(
+            "no element named",
+            hint=f"name at least an operating system, such as: {PROG} --name debian debian-minimal vm",
+        )
+    if "" in names:
+        raise UsageError("cannot use an empty element name", hint="is a shell variable on the command line unset?")
+    return tuple(names)
+
+
+def _name(text: str | None) -> tuple[Path, str]:
+    """The directory and the name of ``--name``."""
+    if text is None:
+        return Path(), _DEFAULT_NAME
+    directory, base = os.path.split(text)
+    if not base.isprintable() or base in ("", ".", "..") or base.startswith("-"):
+        raise UsageError(
+            f"cannot use '{text}' as the name of the image",
+            hint="give a file name that is not empty, '.' or '..', does not begin with '-' "
+            "and has no control characters; a directory may stand before it",
+        )
+    if "\0" in directory or not Path(directory).is_dir():
+        raise UsageError(
+            f"cannot write '{text}': '{directory}' is not a directory",
+            hint=f"make it first: mkdir -p '{directory}'",
+        )
+    return Path(directory), base
+
+
+def _formats(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ("qcow2",)
+    names = _comma_list(text)
+    if not names:
+        raise UsageError("no format named in --formats", hint=f"choose from {', '.join(formats.KNOWN)}")
+    return tuple(dict.fromkeys(_each(names, lambda name: formats.select([name])[0].name)))
+
+
+def _variables(items: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in _each(items, lambda item: _variable(item, environ)) if value is not None}
+
+
+def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
+    name, equals, value = item.partition("=")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise UsageError(
+            f"cannot use '{name}' as the name of a variable in --envvar",
+            hint="give NAME or NAME=VALUE, the name of letters, digits and underscores, no digit first",
+        )
+    if name in _VARIABLES_OF_BASH:
+        raise UsageError(f"cannot set the variable '{name}' for elements: it is bash's own and read-only")
+    if "\0" in value:
+        raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")
+    return name, value if equals else environ.get(name)
+
+
+def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
+    if text is not None:
+        return _choice("value of --kvm", text, kvm.SETTINGS, "auto")
+    return kvm.wanted_from_environment(environ)
+
+
+def _isolation(text: str | None, environ: Mapping[str, str]) -> Isolation:
+    what = "value of --isolation"
+    if text is None and environ.get(ISOLATION_VARIABLE):
+        what, text = f"value of the variable {ISOLATION_VARIABLE}", environ[ISOLATION_VARIABLE]
+    return Isolation(_choice(what, text, [one.value for one in Isolation], Isolation.VM.value))
+
+
+def _size(text: str | None, variables: Mapping[str, str]) -> int | None:
+    if text is not None:
+        return parse_size(text)
+    # DIB has a rule of its own for a size in DIB_IMAGE_SIZE: that of an automatic one.
+    return None if variables.get("DIB_IMAGE_SIZE") else DEFAULT_SIZE_BYTES
+
+
+def _label(text: str | None, fs_type: str) -> str | None:
+    """The root label; *fs_type* is empty when it is not known."""
+    if text is not None:
+        check_label(text, fs_type)
+    return text
+
+
+def _arch(text: str | None) -> str:
+    if text is None:
+        return host_arch()
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        raise UsageError(f"cannot use '{text}' as an architecture", hint="give a name such as amd64 or arm64")
+    return text
+
+
+def _path(option: str, text: str | None) -> Path | None:
+    if text is not None and (not text or "\0" in text):
+        raise UsageError(f"cannot use '{text}' as the directory of {option}", hint="give an existing directory")
+    return None if text is None else Path(text)
+
+
+def _paths(option: str, texts: Sequence[str]) -> tuple[Path, ...]:
+    return tuple(_each(texts, lambda text: _path(option, text)))
+
+
+def _names(option: str, texts: Sequence[str]) -> frozenset[str]:
+    if "" in texts:
+        raise UsageError(f"cannot use an empty name for {option}", hint="is a shell variable unset?")
+    return frozenset(texts)
+
+
+def _choice(what: str, text: str | None, known: Sequence[str], default: str) -> str:
+    if text is None or text in known:
+        return default if text is None else text
+    meant = closest(text, known)
+    raise UsageError(
+        f"unknown {what} '{text}'",
+        hint=(f"did you mean '{meant}'? " if meant else "") + f"choose from {', '.join(known)}",
+    )
+
+
+def _number(what: str, text: str | None, least: int, most: int) -> int | None:
+    if text is None:
+        return None
+    # ASCII digits alone, few enough for int(): it would take '1_000' and other scripts' digits too.
+    number = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
+    if not least <= number <= most:
+        raise UsageError(f"cannot use '{text}' as the {what}", hint=f"give a whole number from {least} to {most}")
+    return number
+
+
+def _comma_list(text: str) -> list[str]:
+    return [word for word in map(str.strip, text.split(",")) if word]
+
+
+def _each(items: Iterable[str], read: Callable[[str], _T | None]) -> list[_T]:
+    """What *read* makes of each of the items, without None.
+
+    Raises:
+        UsageError: all that is wrong with any of them.
+    """
+    values = _Values(())
+    results = [values.take(functools.partial(read, item), None) for item in items]
+    if values.problems:
+        raise UsageError.of(values.problems)
+    return [result for result in results if result is not None]

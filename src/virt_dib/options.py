@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``virt-dib``: one table, which the help, the completion and the reading of words share.
+
+argparse stops at the first mistake, so it only writes the help; the words of a command line are sorted here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from virt_dib import formats
+from virt_dib.errors import Problem
+from virt_dib.spec import LABEL_LIMITS
+
+PROG = "virt-dib"
+ISOLATION_VARIABLE = "VIRT_DIB_ISOLATION"
+KVM_VARIABLE = "VIRT_DIB_KVM"
+_USAGE = "virt-dib [options] ELEMENT..."
+_DESCRIPTION = """\
+Build disk images from diskimage-builder elements. All that the elements do
+happens in a small virtual machine: no root, no loop devices, no traces here."""
+_EPILOG = """\
+example:
+  virt-dib --name debian --envvar DIB_RELEASE=trixie debian-minimal vm
+      writes debian.qcow2 and debian.log into the current directory
+
+Options may stand before and after the elements, and be shortened while they
+stay unique. 'virt-dib-doctor' tells what is missing on this host."""
+
+
+class Takes(enum.Enum):
+    """What follows an option, and what becomes of it."""
+
+    NOTHING = "sets its destination to True"
+    REFUSAL = "sets its destination to False"
+    VALUE = "the last one counts"
+    VALUES = "all are kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its spellings, where its value goes, and what the help says."""
+
+    names: tuple[str, ...]
+    dest: str
+    takes: Takes
+    metavar: str | None
+    help: str
+
+    @property
+    def wants_value(self) -> bool:
+        """Whether a word after it is its value."""
+        return self.takes in (Takes.VALUE, Takes.VALUES)
+
+
+def _flag(names: str, dest: str, text: str) -> Option:
+    return Option(tuple(names.split()), dest, Takes.NOTHING, None, text)
+
+
+def _value(names: str, dest: str, metavar: str, text: str) -> Option:
+    return Option(tuple(names.split()), dest, Takes.VALUE, metavar, text)
+
+
+def _values(names: str, dest: str, metavar: str, text: str) -> Option:
+    return Option(tuple(names.split()), dest, Takes.VALUES, metavar, text + "; may be given several times")
+
+
+GROUPS: Mapping[str, Sequence[Option]] = {
+    "what to build": (
+        _value(
+            "--name", "name", "[DIR/]NAME", "name of the image, and of the files made for it (default: image)"
+        ),
+        _value(
+            "--formats", "formats", "LIST", f"output formats, of: {', '.join(formats.KNOWN)} (default: qcow2)"
+        ),
+        _value(
+            "--arch", "arch", "ARCH", "architecture the elements are told, ARCH (default: that of this host)"
+        ),
+        _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
+        _values("--extra-packages", "extra_packages", "LIST", "packages to install besides, separated by commas"),
+    ),
+    "elements": (
+        _value("-B", "dib_library", "DIR", "lib directory of diskimage-builder (default: of the installed one)"),
+        _values("-p --element-path", "element_paths", "DIR", "search DIR for elements before diskimage-builder's"),
+        _flag("--skip-base", "skip_base", "do not add the element 'base'"),
+        _values("--exclude-element", "excluded_elements", "ELEMENT", "leave ELEMENT out"),
+        _values("--exclude-script", "excluded_scripts", "SCRIPT", "leave out scripts of this name"),
+        _values(
+            "--envvar", "envvars", "NAME[=VALUE]",
+            "set a variable for the elements; without =VALUE take it from the environment, if it is there",
+        ),
+        _value("--debug", "debug", "LEVEL", "make scripts trace what they do, DIB_DEBUG_TRACE (default: 0)"),
+    ),
+    "the disk": (
+        _value("--size", "size", "SIZE", "size of the disk: 5G, 512M, 10737418240b, or auto (default: 5G)"),
+        _value("--fs-type", "fs_type", "TYPE", f"root file system: {', '.join(LABEL_LIMITS)} (default: ext4)"),
+        _value(
+            "--root-label", "root_label", "LABEL",
+            "label of the root file system (default: cloudimg-rootfs, on xfs img-rootfs)",
+        ),
+        _value("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
+        _value("--qemu-img-options", "qemu_img_options", "LIST", "options for qemu-img convert -o"),
+        _flag("-u", "uncompressed", "do not compress qcow2 images"),
+        _flag("--no-delete-on-failure", "keep_on_failure", "keep incomplete output files when the build fails"),
+    ),
+    "where scripts run": (
+        _value(
+            "--isolation", "isolation", "WHERE",
+            "run the scripts that fill the tree in the virtual machine, 'vm' (default), or faster where there is no "
+            "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work; "
+            f"{ISOLATION_VARIABLE} sets the default",
+        ),
+        _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
+        _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
+        _flag("--network", "network", "scripts may use the network (default)"),
+        Option(
+            ("--no-network",), "network", Takes.REFUSAL, None, "scripts have no network, and DIB_OFFLINE is 1"
+        ),
+        _value(
+            "--kvm", "kvm", "WHEN",
+            f"use KVM: 'auto' when it works (default), 'on', or 'off' to emulate; {KVM_VARIABLE} sets the default",
+        ),
+    ),
+    "messages": (
+        _flag("-q --quiet", "quiet", "print only warnings and errors"),
+        _flag("-v --verbose", "verbose", "print the time of each script and libguestfs's debugging messages"),
+        _flag("-x", "trace", "trace libguestfs calls"),
+        _flag("-V --version", "version", "print the version"),
+        _flag("-h --help", "help", "print this"),
+    ),
+}  # fmt: skip
+BY_NAME: Mapping[str, Option] = {
+    name: option for options in GROUPS.values() for option in options for name in option.names
+}
+
+
+@dataclass(slots=True)
+class Given:
+    """The values as written; None and empty lists where an option was not given."""
+
+    elements: list[str] = field(default_factory=list)
+    name: str | None = None
+    formats: str | None = None
+    arch: str | None = None
+    install_type: str | None = None
+    extra_packages: list[str] = field(default_factory=list)
+    dib_library: str | None = None
+    element_paths: list[str] = field(default_factory=list)
+    skip_base: bool = False
+    excluded_elements: list[str] = field(default_factory=list)
+    excluded_scripts: list[str] = field(default_factory=list)
+    envvars: list[str] = field(default_factory=list)
+    debug: str | None = None
+    size: str | None = None
+    fs_type: str | None = None
+    root_label: str | None = None
+    mkfs_options: str | None = None
+    qemu_img_options: str | None = None
+    uncompressed: bool = False
+    keep_on_failure: bool = False
+    memory: str | None = None
+    cpus: str | None = None
+    network: bool = True
+    kvm: str | None = None
+    isolation: str | None = None
+    quiet: bool = False
+    verbose: bool = False
+    trace: bool = False
+    version: bool = False
+    help: bool = False
+
+    def take(self, option: Option, value: str) -> None:
+        """Keep one option of the command line."""
+        if option.takes is Takes.VALUES:
+            getattr(self, option.dest).append(value)
+        elif option.takes is Takes.VALUE:
+            setattr(self, option.dest, value)
+        else:
+            setattr(self, option.dest, option.takes is Takes.NOTHING)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Names, help and groups of the options, for the help and for those who compare it with the manual.
+
+    Command lines are read by :func:`parse`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        if title == "elements":
+            group.add_argument("elements", nargs="*", metavar="ELEMENT", help="such as debian-minimal, vm")
+        for option in options:
+            if option.wants_value:
+                group.add_argument(*option.names, dest=option.dest, metavar=option.metavar, help=option.help)
+            else:
+                group.add_argument(*option.names, dest=option.dest, action="store_true", help=option.help)
+    return parser
+
+
+# ---- the words of the command line ----
+
+
+def sort_words(arguments: Iterable[str]) -> tuple[Given, Sequence[Problem]]:
+    """The values as written, and what is wrong with the words themselves."""
+    words = _Words(arguments)
+    words.sort()
+    return words.given, words.problems
+
+
+class _Words:
+    """Sorts the words of a command line into options and elements.
+
+    As getopt_long_only does, which virt-dib has always used: options anywhere before ``--``, long
+    ones shortened or with one dash, short ones joined, and the word after an option that wants a
+    value is the value, whatever it looks like.
+    """
+
+    def __init__(self, arguments: Iterable[str]) -> None:
+        self._rest = list(arguments)
+        self.given = Given()
+        self.problems: list[Problem] = []
+
+    def sort(self) -> None:
+        """Take all words."""
+        while self._rest:
+            word = self._rest.pop(0)
+            if word == "--":
+                self.given.elements += self._rest
+                self._rest.clear()
+            elif word.startswith("--"):
+                self._long(word)
+            elif _has_one_dash(word):
+                self._long("-" + word)
+            elif word.startswith("-") and word != "-":
+                self._short(word)
+            else:
+                self.given.elements.append(word)
+
+    def _long(self, word: str) -> None:
+        name, equals, value = word.partition("=")
+        candidates = _long_names(name)
+        if len(candidates) > 1:
+            self.problems.append(Problem(f"option '{name}' could be any of {', '.join(candidates)}", "write it out"))
+        elif not candidates:
+            self._unknown(name, has_value=bool(equals))
+        elif BY_NAME[candidates[0]].wants_value:
+            self._with_value(candidates[0], value if equals else None)
+        elif equals:
+            self.problems.append(Problem(f"option '{candidates[0]}' takes no value, not '{value}'"))
+        else:
+            self.given.take(BY_NAME[candidates[0]], "")
+
+    def _short(self, word: str) -> None:
+        for position, letter in enumerate(word[1:], 2):
+            option = BY_NAME.get(f"-{letter}")
+            if option is None:
+                # '-fromats' is a slip for '--formats'; of '-qX' only the X is unknown.
+                self._unknown(word if position == 2 else f"-{letter}", has_value=False)  # noqa: PLR2004 - the first
+                return
+            if option.wants_value:
+                self._with_value(f"-{letter}", word[position:] or None)
+                return
+            self.given.take(option, "")
+
+    def _with_value(self, name: str, value: str | None) -> None:
+        if value is not None:
+            self.given.take(BY_NAME[name], value)
+        elif self._rest:
+            self.given.take(BY_NAME[name], self._rest.pop(0))
+        else:
+            self.problems.append(Problem(f"option '{name}' needs a value", f"{name} {BY_NAME[name].metavar}"))
+
+    def _unknown(self, name: str, *, has_value: bool) -> None:
+        word = name if name.startswith("--") else f"-{name}"
+        # A single letter is close to anything.
+        meant = closest(word, BY_NAME) if len(name) > len("-x") else None
+        if meant and BY_NAME[meant].wants_value and not has_value and self._rest:
+            # Its value is no element.
+            del self._rest[0]
+        hint = f"did you mean '{meant}'?" if meant else f"'{PROG} --help' lists all options"
+        self.problems.append(Problem(f"unknown option '{name}'", hint))
+
+
+def _has_one_dash(word: str) -> bool:
+    """Whether *word* is a long option, such as ``-formats``, rather than short ones in one."""
+    name = word.partition("=")[0]
+    return name.startswith("-") and len(name) > len("-x") and bool(_long_names(f"-{name}"))
+
+
+def _long_names(beginning: str) -> list[str]:
+    """The long options meant by *beginning*: the one of that name, or all that begin so."""
+    if beginning in BY_NAME:
+        return [beginning]
+    return [name for name in BY_NAME if name.startswith("--") and name.startswith(beginning)]
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Which of *known* was probably meant by *word*, if any."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), None)
