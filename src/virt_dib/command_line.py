@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from virt_dib import __version__, formats, kvm
 from virt_dib.errors import Problem, UsageError
-from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, sort_words
+from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, listed_names, sort_words
 from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, check_label, parse_size
+from virt_dib.terminal import AUTOMATIC, Style
 
 _T = TypeVar("_T")
 
@@ -39,8 +40,10 @@ class Options:
     kvm: str = "auto"
     """``auto``, ``on`` or ``off``."""
     isolation: Isolation = Isolation.VM
+    style: Style = AUTOMATIC
+    list_elements: bool = False
     answer: str | None = None
-    """Text to print instead of building (--help, --version)."""
+    """Text to print instead of building (--help, --version and the like)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         trace=given.trace,
         kvm=values.take(lambda: _kvm(given.kvm, environ), "auto"),
         isolation=values.take(lambda: _isolation(given.isolation, environ), Isolation.VM),
+        style=Style(colour=given.colour, wrap=given.wrap),
+        list_elements=given.list_elements,
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
@@ -146,6 +151,9 @@ def host_arch() -> str:
 def _answer(given: Given) -> str | None:
     if given.help:
         return build_parser().format_help()
+    if given.short_options or given.long_options:
+        names = listed_names(short=given.short_options, long=given.long_options)
+        return "".join(f"{name}\n" for name in names)
     return f"{PROG} {__version__}\n" if given.version else None
 
 

@@ -21,12 +21,13 @@ from typing import Protocol, TextIO, final
 
 from virt_dib.errors import Interrupted, ToolError, VirtDibError
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
+from virt_dib.terminal import AUTOMATIC, Style, coloured, is_terminal, terminal_columns
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_COLUMNS = 500
 _STATUS_INTERVAL_S = 0.2
 _STOP_TIMEOUT_S = 1.0
-_DEFAULT_COLUMNS = 80
+_INDENT = len("[   0.0] ")
 _GREEN, _YELLOW, _BOLD = "32", "33", "1"
 
 
@@ -152,20 +153,6 @@ def write_out(stream: TextIO, text: str) -> bool:
     return True
 
 
-def wants_colour(stream: TextIO) -> bool:
-    """Whether *stream* is a terminal that shows colours and the user wants them."""
-    return _is_terminal(stream) and not os.environ.get("NO_COLOR")
-
-
-def coloured(text: str, code: str) -> str:
-    """*text* between the escape sequences of the SGR *code*."""
-    return f"\x1b[{code}m{text}\x1b[0m"
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
 def _one_line(text: str) -> str:
     return printable(text).replace("\n", " ").replace("\t", " ")
 
@@ -233,10 +220,10 @@ class _Log:
 class _Screen:
     """Standard output: text, and on a terminal a status line below it while a line is complete."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.is_terminal = _is_terminal(stream)
+    def __init__(self, stream: TextIO, style: Style) -> None:
+        self.is_terminal = is_terminal(stream)
         self._stream = stream
-        self._colour = wants_colour(stream)
+        self._style = style
         self._at_line_start = True
         self._alive = True
         self._status = ""
@@ -250,13 +237,13 @@ class _Screen:
     def write_line(self, text: str, colour: str) -> None:
         """Show a line of ours, on a line of its own."""
         start = "" if self._at_line_start else "\n"
-        self.write(start + (coloured(text, colour) if self._colour else text) + "\n")
+        self.write(start + self._style.laid_out(text, self._stream, indent=_INDENT, colour=colour) + "\n")
 
     def show_status(self, left: str, right: str) -> None:
         """Replace the status line; *left* is cut when the terminal is too narrow for both."""
         if not self._at_line_start:
             return
-        width = max(1, self._columns() - 1)
+        width = max(1, terminal_columns(self._stream) - 1)
         # One column per character, whatever the terminal's idea of wide ones.
         left = left.encode("ascii", "replace").decode()
         room = width - len(right) - 2
@@ -264,7 +251,7 @@ class _Screen:
             left = left[: max(0, room - 3)] + "..."
         text = f"{left}  {right}"[:width]
         if text != self._status:
-            self._put(self._erasing() + (coloured(text, _BOLD) if self._colour else text))
+            self._put(self._erasing() + (coloured(text, _BOLD) if self._style.colours(self._stream) else text))
             self._status = text
 
     def clear_status(self) -> None:
@@ -275,12 +262,6 @@ class _Screen:
         erasing = "\r\x1b[K" if self._status else ""
         self._status = ""
         return erasing
-
-    def _columns(self) -> int:
-        try:
-            return os.get_terminal_size(self._stream.fileno()).columns or _DEFAULT_COLUMNS
-        except (OSError, ValueError):
-            return _DEFAULT_COLUMNS
 
     def _put(self, text: str) -> None:
         if self._alive and text:
@@ -299,9 +280,18 @@ class BuildMonitor:
     any thread.
     """
 
-    def __init__(self, *, log_path: Path, stream: TextIO, quiet: bool, verbose: bool, total_phases: int) -> None:
+    def __init__(
+        self,
+        *,
+        log_path: Path,
+        stream: TextIO,
+        quiet: bool,
+        verbose: bool,
+        total_phases: int,
+        style: Style = AUTOMATIC,
+    ) -> None:
         self._log_path = log_path
-        self._screen = _Screen(stream)
+        self._screen = _Screen(stream, style)
         self._quiet = quiet
         self._verbose = verbose
         self._total_phases = total_phases

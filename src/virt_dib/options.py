@@ -129,13 +129,51 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _flag("-q --quiet", "quiet", "print only warnings and errors"),
         _flag("-v --verbose", "verbose", "print the time of each script and libguestfs's debugging messages"),
         _flag("-x", "trace", "trace libguestfs calls"),
+        _flag(
+            "--color --colors --colour --colours", "colour", "colour messages, also where the output is no terminal"
+        ),
+        _flag("--wrap", "wrap", "wrap messages, also where the output is no terminal"),
+    ),
+    "instead of a build": (
         _flag("-V --version", "version", "print the version"),
         _flag("-h --help", "help", "print this"),
+        _flag("--list-elements", "list_elements", "print the names of all elements that are found, with -p and -B"),
+        _flag("--short-options", "short_options", "print the names of all short options, for completion"),
+        _flag("--long-options", "long_options", "print the names of all long options, for completion"),
     ),
 }  # fmt: skip
 BY_NAME: Mapping[str, Option] = {
     name: option for options in GROUPS.values() for option in options for name in option.names
 }
+
+
+class Offer(enum.Enum):
+    """What completion offers as the value of an option where it is not one of a few words."""
+
+    FILE = "files"
+    DIRECTORY = "directories"
+    ELEMENT = "the names of elements, as --list-elements prints them"
+    VARIABLE = "the names of the shell's variables"
+
+
+OFFERS: Mapping[str, Offer | Sequence[str]] = {
+    "name": Offer.FILE,
+    "formats": tuple(formats.KNOWN),
+    "arch": ("amd64", "arm64", "armhf", "i386", "ppc64el", "s390x"),
+    "install_type": ("source", "package"),
+    "dib_library": Offer.DIRECTORY,
+    "element_paths": Offer.DIRECTORY,
+    "excluded_elements": Offer.ELEMENT,
+    "envvars": Offer.VARIABLE,
+    "debug": ("0", "1", "2"),
+    "size": ("auto", "5G", "10G"),
+    "fs_type": tuple(LABEL_LIMITS),
+    "isolation": ("vm", "sandbox", "auto"),
+    "kvm": ("auto", "on", "off"),
+}
+"""What completion offers as values, by destination; nothing for one that is not here."""
+LISTS = frozenset({"formats"})
+"""Destinations whose value is several of the words, separated by commas."""
 
 
 @dataclass(slots=True)
@@ -170,8 +208,13 @@ class Given:
     quiet: bool = False
     verbose: bool = False
     trace: bool = False
+    colour: bool = False
+    wrap: bool = False
     version: bool = False
     help: bool = False
+    list_elements: bool = False
+    short_options: bool = False
+    long_options: bool = False
 
     def take(self, option: Option, value: str) -> None:
         """Keep one option of the command line."""
@@ -206,6 +249,13 @@ def build_parser() -> argparse.ArgumentParser:
             else:
                 group.add_argument(*option.names, dest=option.dest, action="store_true", help=option.help)
     return parser
+
+
+def listed_names(*, short: bool, long: bool) -> list[str]:
+    """The names that ``--short-options`` and ``--long-options`` print: all but these two, as libguestfs's tools do."""
+    names = BY_NAME.keys() - {"--short-options", "--long-options"}
+    wanted = (name for name in names if (long if name.startswith("--") else short))
+    return sorted(wanted, key=lambda name: (name.lower(), name))
 
 
 # ---- the words of the command line ----
@@ -302,7 +352,9 @@ def _long_names(beginning: str) -> list[str]:
     """The long options meant by *beginning*: the one of that name, or all that begin so."""
     if beginning in BY_NAME:
         return [beginning]
-    return [name for name in BY_NAME if name.startswith("--") and name.startswith(beginning)]
+    names = [name for name in BY_NAME if name.startswith("--") and name.startswith(beginning)]
+    # '--col' is not ambiguous: all that begin so are one option.
+    return names[:1] if len({id(BY_NAME[name]) for name in names}) == 1 else names
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

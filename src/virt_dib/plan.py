@@ -118,6 +118,15 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     )
 
 
+def find_elements(spec: BuildSpec) -> Mapping[str, Element]:
+    """All elements that *spec* could name, on its search path.
+
+    Raises:
+        VirtDibError: there is no diskimage-builder, or a directory of the search path cannot be read.
+    """
+    return elements.discover([*spec.element_paths, dib.find_installation(spec.dib_library).elements_dir])
+
+
 @contextlib.contextmanager
 def _room(workspace: Path) -> Iterator[None]:
     try:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completion, asked for in real shells."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import sys
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from generate import completion
+from helpers import make_element
+from virt_dib import tools
+from virt_dib.options import BY_NAME, GROUPS, LISTS, OFFERS, Offer
+
+SHELLS = ("bash", "zsh", "fish")
+_ZSH_LIMIT_S = 120
+_ASK_BASH = """\
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_virt_dib; printf '%s\\n' "${COMPREPLY[@]}"
+"""
+_ASK_FISH = "source $argv[1]; complete -C $argv[2]"
+_ZSH_SETUP = """\
+PS1=; fpath=({directory} $fpath); autoload -Uz compinit; compinit -u -D; LISTMAX=0; setopt no_list_beep
+done-line() {{ zle -I; print -r -- "=$BUFFER="; BUFFER= }}; zle -N done-line; bindkey '^Y' done-line
+bindkey '^L' list-choices; print re""ady
+"""
+
+
+@pytest.fixture(scope="module", params=SHELLS)
+def shell(request: pytest.FixtureRequest) -> str:
+    if tools.find(request.param) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"{request.param} is not installed")
+        pytest.skip(f"{request.param} is not installed")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the shells are: with the scripts, elements, and virt-dib on the PATH."""
+    here = tmp_path_factory.mktemp("completion")
+    for name, text in completion.scripts().items():
+        (here / name).write_text(text)
+    make_element(here / "elements", "zebra-os", {"root.d/10-zebra": ""})
+    (here / "elephant.txt").touch()
+    (here / "virt-dib").write_text(f'#!/bin/sh\nexec {sys.executable} -m virt_dib "$@"\n')
+    (here / "virt-dib").chmod(0o755)
+    return here
+
+
+def surroundings(directory: Path) -> Mapping[str, str]:
+    return {
+        "PATH": f"{directory}:{os.environ['PATH']}",
+        "HOME": str(directory),
+        "TERM": "xterm",
+        "FRUIT_OF_THE_DAY": "plum",
+    }
+
+
+class Zsh:
+    """A zsh on a terminal large enough for all it lists."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def press(self, *lines: str) -> list[str]:
+        """What comes back for each of the lines, keys included, typed to a zsh at its prompt."""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 500, 200, 0, 0))
+        command = ["zsh", "-f", "-i"]
+        environment = surroundings(self._directory)
+        try:
+            with tools.started(
+                command, environment=environment, cwd=self._directory, stdin=theirs, stdout=theirs, stderr=theirs
+            ):
+                os.write(ours, _ZSH_SETUP.format(directory=self._directory).encode())
+                _read_until(ours, r"ready\r")
+                answers = []
+                for line in lines:
+                    os.write(ours, line.encode() + b"\x19")
+                    answers.append(_read_until(ours, r"=virt-dib[^=\r\n]*(=[^=\r\n]*)?=\r"))
+                return answers
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+
+def _read_until(terminal: int, pattern: str) -> str:
+    text, until_s = "", time.monotonic() + _ZSH_LIMIT_S
+    while not re.search(pattern, text):
+        if not select.select([terminal], [], [], max(0.0, until_s - time.monotonic()))[0]:
+            pytest.fail(f"zsh said only {text!r}")
+        text += os.read(terminal, 65536).decode(errors="replace")
+    return text
+
+
+def offered(shell: str, directory: Path, *words: str) -> Sequence[str]:
+    """What bash or fish offers for the last of *words*."""
+    if shell == "bash":
+        split = [part for word in words for part in re.split(r"(=)", word) if part or not word]
+        command: list[str | Path] = ["bash", "--norc", "-c", _ASK_BASH, "ask", directory / "virt-dib.bash", *split]
+    else:
+        command = ["fish", "--no-config", "-c", _ASK_FISH, directory / "virt-dib.fish", " ".join(words)]
+    result = tools.run(command, doing="asking", environment=surroundings(directory), cwd=directory, check=False)
+    assert result.stderr == ""
+    return [line.split("\t")[0] for line in result.stdout.splitlines()]
+
+
+QUESTIONS = [
+    (["--isol"], ["--isolation"]),
+    (["--isolation", "sa"], ["sandbox"]),
+    (["debian-minimal", "--fs-type", "x"], ["xfs"]),
+    (["--formats", "qc"], ["qcow2"]),
+    (["--formats", "qcow2,ra"], ["qcow2,raw"]),
+    (["debian-min"], ["debian-minimal"]),
+    (["-p", "ele"], ["elements/"]),
+    (["--name", "elep"], ["elephant.txt"]),
+    (["--envvar", "FRUIT_O"], ["FRUIT_OF_THE_DAY"]),
+    (["-p", "elements", "zeb"], ["zebra-os"]),
+    (["--element-path", "elements", "--exclude-element", "zeb"], ["zebra-os"]),
+]
+
+
+@pytest.mark.option("--list-elements")
+def test_what_is_offered(shell: str, directory: Path) -> None:
+    if shell == "zsh":
+        texts = Zsh(directory).press(*(f"{' '.join(['virt-dib', *words])}\t" for words, _ in QUESTIONS))
+        # What may come next, a value or another word of a list, has been begun.
+        lines = [re.findall(r"=(virt-dib.*)=\r", text)[-1].rstrip(" =,") for text in texts]
+        assert lines == [" ".join(["virt-dib", *words[:-1], answer[0]]) for words, answer in QUESTIONS]
+        return
+    for words, answer in QUESTIONS:
+        # bash adds the slash to directories itself.
+        assert [word.rstrip("/") for word in offered(shell, directory, "virt-dib", *words)] == [
+            word.rstrip("/") for word in answer
+        ]
+
+
+def test_values_in_the_same_word(shell: str, directory: Path) -> None:
+    if shell == "zsh":
+        (text,) = Zsh(directory).press("virt-dib --isolation=sa\t")
+        assert "=virt-dib --isolation=sandbox" in text
+        return
+    (word,) = offered(shell, directory, "virt-dib", "--isolation=sa")
+    assert word.removeprefix("--isolation=") == "sandbox"
+
+
+def test_a_word_of_a_list_is_offered_once(shell: str, directory: Path) -> None:
+    if shell == "zsh":
+        (text,) = Zsh(directory).press("virt-dib --formats qcow2,\x0c")
+        assert not re.search(r"^ *qcow2\b", text, re.MULTILINE)
+        return
+    words = offered(shell, directory, "virt-dib", "--formats", "qcow2,")
+    assert words
+    assert all(word.startswith("qcow2,") and word.count("qcow2") == 1 for word in words)
+
+
+def test_all_options_are_offered_and_no_others(shell: str, directory: Path) -> None:
+    if shell == "zsh":
+        short, long = Zsh(directory).press("virt-dib -\x0c", "virt-dib --\x0c")
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", f"{short}\n{long}").splitlines()
+        listed = {name for line in lines for name in re.findall(r"(?<!\S)--?[A-Za-z][a-z-]*", line.split(" -- ")[0])}
+    elif shell == "bash":
+        listed = set(offered(shell, directory, "virt-dib", "-"))
+    else:
+        listed = {*offered(shell, directory, "virt-dib", "-"), *offered(shell, directory, "virt-dib", "--")}
+    assert listed == BY_NAME.keys()
+
+
+def test_each_offer_is_for_an_option_that_takes_a_value() -> None:
+    with_value = {option.dest for options in GROUPS.values() for option in options if option.wants_value}
+    assert OFFERS.keys() - with_value == set()
+    assert all(not isinstance(OFFERS[dest], Offer) for dest in LISTS)
+
+
+def test_the_scripts_pass_shellcheck(directory: Path) -> None:
+    if tools.find("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    assert tools.run(["shellcheck", directory / "virt-dib.bash"], doing="checking", check=False).stdout == ""
