@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,3 +106,12 @@ def probe_build(isolation: str, element_dir: Path, tmp_path_factory: pytest.Temp
     )  # fmt: skip
     assert run.exit_status == 0, run.stdout + run.stderr
     return run
+
+
+@pytest.fixture
+def anyones_dir() -> Iterator[Path]:
+    """A directory that every user can write in; those of pytest are for one."""
+    directory = Path(tempfile.mkdtemp())
+    directory.chmod(0o777)
+    yield directory
+    staging.remove_tree(directory)

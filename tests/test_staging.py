@@ -9,7 +9,6 @@ import shutil
 import stat
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -28,15 +27,6 @@ LIMIT_BYTES = 1 << 20
 @pytest.fixture
 def content(tmp_path: Path) -> Staging:
     return Staging(tmp_path / "staging")
-
-
-@pytest.fixture
-def anyones_dir() -> Iterator[Path]:
-    """A directory that every user can write in; those of pytest are for one."""
-    directory = Path(tempfile.mkdtemp())
-    directory.chmod(0o777)
-    yield directory
-    remove_tree(directory)
 
 
 def run_python(code: str, *arguments: str | Path, before: tuple[str, ...] = ()) -> str:

@@ -76,7 +76,7 @@ def build_image(
 def _steps(plan: BuildPlan) -> int:
     """How many phases and steps a build has, about."""
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
-    return 1 + len(phases) + len(disk_stage.STEPS) + 1 + (1 if plan.spec.extra_packages else 0)
+    return 1 + len(phases) + len(disk_stage.STEPS) + 1 + bool(plan.spec.extra_packages) + bool(plan.image_cache)
 
 
 @contextlib.contextmanager
@@ -193,7 +193,8 @@ class _Build:
         spec = self._plan.spec
         spare_bytes = sandbox.spare_memory_bytes()
         # A tree that does not fit into the image is of no use; so memory will do where it holds that much and more.
-        wanted_bytes = None if spec.size_bytes is None else spec.size_bytes + _BESIDES_THE_TREE_BYTES
+        besides_bytes = _BESIDES_THE_TREE_BYTES + (self._plan.image_cache.size_bytes if self._plan.image_cache else 0)
+        wanted_bytes = None if spec.size_bytes is None else spec.size_bytes + besides_bytes
         enough = spare_bytes is not None and wanted_bytes is not None and wanted_bytes <= spare_bytes
         return sandbox.Settings(
             directory=self._plan.staging.finish(),

@@ -133,6 +133,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         ),
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
+        image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None),
         delete_on_failure=not given.keep_on_failure,
         compress=not given.uncompressed,
         qemu_img_options=given.qemu_img_options or "",

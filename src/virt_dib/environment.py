@@ -21,6 +21,8 @@ BUILT = f"{BUILD_DIR}/built"
 HOOKS = f"{BUILD_DIR}/hooks"
 IMAGE_DIR = f"{GUEST}/image"
 HOME = f"{GUEST}/home"
+CACHE = f"{HOME}/.cache/image-create"
+"""Where DIB and some elements have the image cache, whatever they are told."""
 OUT = f"{GUEST}/out"
 SITE = f"{GUEST}/site"
 PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
@@ -126,7 +128,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("ELEMENTS_PATH", lambda facts, _: ":".join(facts.elements_path)),
     _Variable("IMAGE_ELEMENT", lambda facts, _: " ".join(element.name for element in facts.elements)),
     _Variable("IMAGE_ELEMENT_YAML", lambda facts, _: yaml.safe_dump(dict(facts.element_dirs))),
-    _Variable("DIB_IMAGE_CACHE", _always(f"{HOME}/.cache/image-create"), user_wins=True),
+    _Variable("DIB_IMAGE_CACHE", _always(CACHE), user_wins=True),
     _Variable("DIB_LOCKFILES", _always(f"{HOME}/.cache/dib/lockfiles"), user_wins=True),
     _Variable("DIB_OFFLINE", lambda facts, _: "" if facts.spec.network else "1", user_wins=True),
     _Variable("DIB_CHECKSUM", lambda facts, _: "1" if facts.spec.checksum else "0", user_wins=True),

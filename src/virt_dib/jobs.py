@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from virt_dib import environment as contract
@@ -81,6 +82,13 @@ class Place(Protocol):
 
         Raises:
             ApplianceError: it cannot be read.
+        """
+
+    def archive(self, directory: str, target: Path, *, limit_bytes: int) -> None:
+        """Write a tar file of *directory* to *target* on the host.
+
+        Raises:
+            ApplianceError: it is longer than *limit_bytes*, or there is no space for it.
         """
 
 

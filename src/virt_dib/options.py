@@ -125,6 +125,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             f"use KVM: 'auto' when it works (default), 'on', or 'off' to emulate; {KVM_VARIABLE} sets the default",
         ),
     ),
+    "caches": (
+        _value(
+            "--image-cache", "image_cache", "DIR",
+            "give the elements a copy of the cache in DIR, and keep there what they cache (default: nothing is kept)",
+        ),
+    ),
     "messages": (
         _flag("-q --quiet", "quiet", "print only warnings and errors"),
         _flag("-v --verbose", "verbose", "print the time of each script and libguestfs's debugging messages"),
@@ -203,6 +209,7 @@ class Given:
     memory: str | None = None
     cpus: str | None = None
     network: bool = True
+    image_cache: str | None = None
     kvm: str | None = None
     isolation: str | None = None
     quiet: bool = False

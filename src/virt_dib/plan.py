@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import dib, elements, formats, hooks, layout, prerequisites, sandbox, tools
+from virt_dib import dib, elements, formats, hooks, image_cache, layout, prerequisites, sandbox, tools
 from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
 from virt_dib.errors import PrerequisiteError, Problem, UsageError, VirtDibError
 from virt_dib.formats import DiskFormat
 from virt_dib.hooks import HookTree
+from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
 from virt_dib.spec import BuildSpec, check_label
 from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
@@ -40,6 +41,7 @@ class BuildPlan:
     layout: Layout
     formats: Sequence[DiskFormat]
     staging: Staging
+    image_cache: ImageCache | None
     facts: contract.Facts
     memory_mib: int
     cpus: int
@@ -73,6 +75,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
     found.tell(lambda: _check_places(spec, outputs or ()))
+    found.tell(lambda: _check_cache(spec, environ))
     found.tell(lambda: formats.check_options(outputs or (), spec.qemu_img_options, workspace / "options.img"))
     installation = found.tell(lambda: dib.find_installation(spec.dib_library))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
@@ -87,8 +90,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         # The numbers in variables are looked at now, not after an hour.
         found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0))
         found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype))
-    home = Path(environ["HOME"]) if environ.get("HOME") else None
-    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, home))
+    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
     found.stop()
     if tree is None or disk is None or host_files is None:
         raise AssertionError
@@ -97,6 +99,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     for file in host_files:
         found.tell(functools.partial(staging.add_host_file, file))
     found.stop()
+    cache = _stage_cache(spec, staging, workspace)
     return BuildPlan(
         spec=spec,
         dib=installation,
@@ -105,6 +108,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         layout=disk,
         formats=outputs,
         staging=staging,
+        image_cache=cache,
         facts=contract.Facts(
             spec=spec,
             elements=chosen,
@@ -162,6 +166,29 @@ def _check_places(spec: BuildSpec, outputs: Sequence[DiskFormat]) -> None:
         problems.append(Problem(f"cannot write the directory '{files}': a file or link is in its place", hint))
     if problems:
         raise UsageError.of(problems)
+
+
+def _home(environ: Mapping[str, str]) -> Path | None:
+    return Path(environ["HOME"]) if environ.get("HOME") else None
+
+
+def _check_cache(spec: BuildSpec, environ: Mapping[str, str]) -> None:
+    if spec.image_cache is None:
+        return
+    if "DIB_IMAGE_CACHE" in spec.variables:
+        raise UsageError(
+            "cannot use both --image-cache and the variable DIB_IMAGE_CACHE",
+            hint="leave out --envvar DIB_IMAGE_CACHE: with --image-cache the elements find the cache anyway",
+        )
+    image_cache.check(spec.image_cache, _home(environ))
+
+
+def _stage_cache(spec: BuildSpec, staging: Staging, workspace: Path) -> ImageCache | None:
+    if spec.image_cache is None:
+        return None
+    cache = ImageCache(spec.image_cache, workspace)
+    cache.copy_to(staging.inside(contract.CACHE))
+    return cache
 
 
 def _type(path: Path) -> int | None:

@@ -258,6 +258,19 @@ class Sandbox:
         with _in_memory(data) as stream:
             self._kept(text, stream.fileno()).check(f"writing '{path}' in the sandbox")
 
+    def archive(self, directory: str, target: Path, *, limit_bytes: int) -> None:
+        """Write a tar file of *directory*, below ``/dib``, to *target* on the host.
+
+        Raises:
+            ApplianceError: it is longer than *limit_bytes*, or there is no space for it.
+        """
+        target.touch()
+        command = 'ulimit -f "$2"; exec tar -C "$1" -cf - . >/proc/self/fd/0'
+        words = ["/bin/bash", "-c", command, "bash", _in_build(directory), str(limit_bytes // 1024)]
+        with _for_sandbox(target) as stream:
+            result = self._kept(job_text(words, PROCESS_ENVIRONMENT, "/"), stream.fileno())
+        result.check(f"copying '{directory}' out of the sandbox")
+
     def make_build_disk(self, disk: Path, parts: Sequence[Part] = ()) -> None:
         """Make the build disk, in the file *disk*, of all that is in ``/dib`` now; no job can run after it.
 
@@ -288,13 +301,8 @@ class Sandbox:
 
     def _on_disk(self, disk: Path, arguments: Sequence[str]) -> JobResult:
         """Run sandbox-disk.sh on the file *disk*."""
-        with disk.open("rb+") as stream:
-            # It is opened again by the sandbox's root, who is nobody here. The directory is private.
-            os.fchmod(stream.fileno(), 0o666)
-            try:
-                return self._script("sandbox-disk.sh", arguments, stream.fileno())
-            finally:
-                os.fchmod(stream.fileno(), 0o600)
+        with _for_sandbox(disk) as stream:
+            return self._script("sandbox-disk.sh", arguments, stream.fileno())
 
     def _script(self, name: str, arguments: Sequence[str], standard_input: int | None = None) -> JobResult:
         """Run one of our own scripts that no job of an element may see."""
@@ -362,6 +370,17 @@ def _in_build(path: str) -> str:
     if not path.startswith(contract.GUEST + "/"):
         raise ValueError(path)
     return path
+
+
+@contextlib.contextmanager
+def _for_sandbox(path: Path) -> Iterator[IO[bytes]]:
+    """A file that the sandbox's root, who is nobody here, can open again. The directory is private."""
+    with path.open("rb+") as stream:
+        os.fchmod(stream.fileno(), 0o666)
+        try:
+            yield stream
+        finally:
+            os.fchmod(stream.fileno(), 0o600)
 
 
 @contextlib.contextmanager

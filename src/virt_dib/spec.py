@@ -104,6 +104,8 @@ class BuildSpec:
     install_type: str = "source"
     excluded_elements: frozenset[str] = frozenset()
     excluded_scripts: frozenset[str] = frozenset()
+    image_cache: Path | None = None
+    """A directory of the host for what the elements cache; None: nothing is kept (docs/caches.md)."""
     delete_on_failure: bool = True
     compress: bool = True
     qemu_img_options: str = ""

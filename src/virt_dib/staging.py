@@ -17,6 +17,7 @@ from typing import IO
 
 from virt_dib import layout, tools
 from virt_dib.elements import Element
+from virt_dib.environment import GUEST
 from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError
 
 BUILD_DISK_BYTES = 128 * 1024**3
@@ -53,6 +54,9 @@ _HOST_ERRORS = (*HOST_IS_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
 """What a file system of the host refuses, whatever the archive holds."""
 MOST_MEMBERS = 100_000
 """Files, directories and links that are taken over from the guest."""
+MOST_CACHED = 1_000_000
+"""As MOST_MEMBERS, of what elements cache: git repositories, packages."""
+_LAST_DATE_S = 1 << 33
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +103,10 @@ class Staging:
     def hooks_dir(self) -> Path:
         """Where the hook tree goes."""
         return self.directory / "build" / "hooks"
+
+    def inside(self, path: str) -> Path:
+        """Where on the host *path* is staged, which is one below ``/dib`` in the guest."""
+        return self.directory / PurePosixPath(path).relative_to(GUEST)
 
     def add_guest_scripts(self) -> None:
         """Put in what virt-dib itself runs in the guest."""
@@ -338,19 +346,22 @@ def _copy_attributes(status: os.stat_result, target: Path, *, also: int) -> None
 # ---- what comes back ----
 
 
-def copy_out(archive: Path, target: Path, *, limit_bytes: int) -> CopiedOut:
+def copy_out(archive: Path, target: Path, *, limit_bytes: int, as_cache: bool = False) -> CopiedOut:
     """Unpack what the guest left in the directory *target*: directories and plain files, never outside it.
 
     The guest is not trusted. A name that leads out of *target* ends it, and so does a second file of the same
     name; symbolic links, devices and FIFOs are left out; a hard link becomes a copy. Permissions are those of
     new files of the user, owners are not taken over.
 
+    *as_cache*: times and the right to execute are kept, and so are symbolic links that cannot lead out of the
+    directory directly in *target* that they are in.
+
     Raises:
         ApplianceError: the archive holds what does not belong in one, is damaged, or holds more than
             *limit_bytes* or ``MOST_MEMBERS``.
         OSError: the host refuses to write, for want of space or rights.
     """
-    unpacking = _Unpacking(target, limit_bytes)
+    unpacking = _Unpacking(target, limit_bytes, as_cache=as_cache)
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
@@ -379,11 +390,25 @@ def _check_end(archive: Path, offset: int) -> None:
             raise ApplianceError(f"the archive that the guest left is damaged: no header at byte {offset}")
 
 
+def stays_inside(name: str, target: str) -> bool:
+    """Whether a symbolic link *name* with *target* leads to a place inside, whatever links lie on the way.
+
+    Going up comes first, where the directories are those that the link lies in; and further down there are only
+    links as harmless as this.
+    """
+    words = [word for word in target.split("/") if word not in ("", ".")]
+    ups = next((number for number, word in enumerate(words) if word != ".."), len(words))
+    inside = len(PurePosixPath(name).parts) - 1
+    return bool(target) and "\0" not in target and target[0] != "/" and ".." not in words[ups:] and ups <= inside
+
+
 class _Unpacking:
     """The state of one ``copy_out``."""
 
-    def __init__(self, target: Path, limit_bytes: int) -> None:
+    def __init__(self, target: Path, limit_bytes: int, *, as_cache: bool) -> None:
         self._target = target
+        self._as_cache = as_cache
+        self._most_members = MOST_CACHED if as_cache else MOST_MEMBERS
         self._limit_bytes = limit_bytes
         self._left_bytes = limit_bytes
         self._members = 0
@@ -393,6 +418,10 @@ class _Unpacking:
         self.name = ""
         """Of the member at work."""
         self.left_out: list[str] = []
+
+    @property
+    def _what(self) -> str:
+        return "the image cache" if self._as_cache else "its output directory"
 
     @property
     def files(self) -> int:
@@ -413,12 +442,25 @@ class _Unpacking:
             source = tar.extractfile(member)
             if source is not None:
                 with source:
-                    self._write(path, source, member.size)
+                    self._write(
+                        path, source, member.size, executable=bool(self._as_cache and member.mode & stat.S_IXUSR)
+                    )
+                if self._as_cache:
+                    date_s = min(max(member.mtime, 0), _LAST_DATE_S)
+                    os.utime(path, (date_s, date_s), follow_symlinks=False)
         elif member.islnk() and (original := self._path(member.linkname)) in self._sizes_bytes:
             with original.open("rb") as earlier:
-                self._write(path, earlier, self._sizes_bytes[original])
+                executable = bool(original.stat().st_mode & stat.S_IXUSR)
+                self._write(path, earlier, self._sizes_bytes[original], executable=executable)
+        elif self._as_cache and member.issym() and self._stays_inside(path, member.linkname):
+            self._make_parents(path)
+            path.symlink_to(member.linkname)
         else:
             self.left_out.append(member.name)
+
+    def _stays_inside(self, path: Path, target: str) -> bool:
+        below = PurePosixPath(path.relative_to(self._target))
+        return len(below.parts) > 1 and stays_inside("/".join(below.parts[1:]), target)
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
@@ -428,8 +470,8 @@ class _Unpacking:
 
     def _count(self) -> None:
         self._members += 1
-        if self._members > MOST_MEMBERS:
-            raise ApplianceError(f"the guest left more than {MOST_MEMBERS} files in its output directory")
+        if self._members > self._most_members:
+            raise ApplianceError(f"the guest left more than {self._most_members} files in {self._what}")
 
     def _make_parents(self, path: Path) -> None:
         missing = []
@@ -443,12 +485,12 @@ class _Unpacking:
         path.mkdir()
         self._made.add(path)
 
-    def _write(self, path: Path, source: IO[bytes], size_bytes: int) -> None:
+    def _write(self, path: Path, source: IO[bytes], size_bytes: int, *, executable: bool) -> None:
         self._left_bytes -= size_bytes
         if self._left_bytes < 0:
-            raise ApplianceError(f"the guest left more than {self._limit_bytes} bytes of files in its output directory")
+            raise ApplianceError(f"the guest left more than {self._limit_bytes} bytes of files in {self._what}")
         self._make_parents(path)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(path, flags, 0o666), "wb") as sink:
+        with os.fdopen(os.open(path, flags, 0o777 if executable else 0o666), "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
         self._sizes_bytes[path] = size_bytes

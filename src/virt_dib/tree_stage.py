@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from virt_dib import environment as contract
-from virt_dib import staging
+from virt_dib import image_cache, staging
 from virt_dib.errors import ApplianceError, ScriptError
+from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place
-from virt_dib.phases import LAST_LINES, Phases, guest_script
+from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script
 from virt_dib.plan import BuildPlan
 from virt_dib.spec import TREE_PHASES, Phase
 
+CACHE_STEP = "keeping what is cached"
+"""What the report shows besides the phases, with an image cache."""
+
 _NO_TREE_STATUS = 3
+_MOST_NAMES = 20
 
 
 def make_tree(plan: BuildPlan, phases: Phases, place: Place, *, meanwhile: Callable[[], None] = lambda: None) -> int:
@@ -26,15 +32,57 @@ def make_tree(plan: BuildPlan, phases: Phases, place: Place, *, meanwhile: Calla
         ScriptError: a script failed, or root.d left no tree.
         ApplianceError: the place itself failed.
     """
-    for phase in TREE_PHASES:
-        meanwhile()
-        phases.run(place, phase, plan.facts)
-        if phase is Phase.ROOT:
-            _after_root(plan, place)
-        elif phase is Phase.INSTALL and plan.spec.extra_packages:
-            _install_packages(plan, phases, place)
+    with _cache_kept(plan, phases, place):
+        for phase in TREE_PHASES:
+            meanwhile()
+            phases.run(place, phase, plan.facts)
+            if phase is Phase.ROOT:
+                _after_root(plan, place)
+            elif phase is Phase.INSTALL and plan.spec.extra_packages:
+                _install_packages(plan, phases, place)
     guest_script(place, "tree.sh", "set_aside", contract.TREE, contract.BUILT).check("setting the tree aside")
     return _size_kib(place.read(f"{contract.BUILD_DIR}/tree-size-kib"), plan.layout.disk_bytes)
+
+
+@contextlib.contextmanager
+def _cache_kept(plan: BuildPlan, phases: Phases, place: Place) -> Iterator[None]:
+    """Take over what the elements cache meanwhile, also when one of them fails."""
+    if plan.image_cache is None:
+        yield
+        return
+    record = f"{contract.GUEST}/image-cache.json"
+    _cache_script(place, "mark", contract.CACHE, record)
+    try:
+        yield
+    except ScriptError:
+        _keep_cache(plan.image_cache, phases, place, record)
+        raise
+    _keep_cache(plan.image_cache, phases, place, record)
+
+
+def _keep_cache(cache: ImageCache, phases: Phases, place: Place, record: str) -> None:
+    """Never a reason to end a build."""
+    monitor = phases.monitor
+    gathered = f"{contract.GUEST}/image-cache"
+    with phases.step(CACHE_STEP):
+        try:
+            _cache_script(place, "gather", contract.CACHE, record, gathered)
+            place.archive(gathered, cache.archive, limit_bytes=image_cache.LIMIT_BYTES)
+            received = cache.receive()
+        except (ApplianceError, OSError) as error:
+            monitor.warning(f"what the elements cached is not kept: {error}")
+            return
+    if received.entries:
+        monitor.message(f"cached: {', '.join(received.entries)}")
+    for name in received.refused:
+        monitor.warning(f"not cached, since it has changed in the image cache meanwhile: {name}")
+    for name in received.left_out[:_MOST_NAMES]:
+        monitor.warning(f"not cached, since it is no file, no directory and no link inside the cache: {name}")
+
+
+def _cache_script(place: Place, *arguments: str) -> None:
+    command = ["/usr/bin/python3", "-I", "-S", f"{GUEST_SCRIPTS}/image-cache.py", *arguments]
+    place.run(command, {"PATH": contract.SYSTEM_PATH}, contract.GUEST).check("looking at what is cached")
 
 
 def _after_root(plan: BuildPlan, place: Place) -> None:

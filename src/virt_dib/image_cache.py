@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image cache of --image-cache: a build works on a copy of it, and what it has cached comes back.
+
+What lies directly in the directory is an *entry*. An entry in which a build has changed anything is replaced as a
+whole, by renaming, under a lock. If it is no more as the build got it, another build was faster, and its version
+stays: two states of one git repository do not mix. A build only ever sees copies, so it cannot write to the files of
+the cache, nor through links in it. docs/caches.md is for users.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_dib import staging
+from virt_dib.errors import ApplianceError, UsageError
+from virt_dib.interrupts import shielded
+
+LIMIT_BYTES = 64 * 1024**3
+"""The most that one build may add."""
+
+_OWN = ".virt-dib-"
+"""How the names of our own directories in a cache begin."""
+_FICLONE = 0x40049409
+"""linux/fs.h: have one file share the blocks of another."""
+
+_Signature = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Received:
+    """What ``ImageCache.receive`` did."""
+
+    entries: tuple[str, ...]
+    """Those that are new or newer."""
+    refused: tuple[str, ...]
+    """Those that stay as they were: another build has changed them, or not all of them could be copied."""
+    left_out: tuple[str, ...]
+    """Names of devices, of links that lead elsewhere and the like, as the guest wrote them."""
+
+
+class ImageCache:
+    """The cache *directory* of the user's, for one build, whose own directory is *workspace*."""
+
+    def __init__(self, directory: Path, workspace: Path) -> None:
+        self._directory = directory
+        self.archive = workspace / "image-cache.tar"
+        """Where what comes back may be gathered."""
+        self._before: dict[str, dict[str, _Signature]] = {}
+        """What the build got, entry by entry, by relative path."""
+        self._partly: set[str] = set()
+        """Entries of which not all could be copied."""
+        self.size_bytes = 0
+        """Of what was copied."""
+
+    def copy_to(self, target: Path) -> None:
+        """Copy what is cached into the existing directory *target*, without what this user may not read.
+
+        Symbolic links that lead elsewhere, and devices and the like, are left out too.
+
+        Raises:
+            OSError: the host refuses to write, for want of space or rights.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with _locked(self._directory, fcntl.LOCK_SH):
+            for name in _entries(self._directory):
+                self._before[name] = dict(_states(self._directory, name))
+                for path, state in self._before[name].items():
+                    if not self._copy(path, state[0], target):
+                        self._partly.add(name)
+
+    def receive(self) -> Received:
+        """Take over what ``guest/image-cache.py`` has gathered, from the tar file ``archive``.
+
+        Raises:
+            ApplianceError: it is not what was to be gathered.
+            OSError: the host refuses to write.
+        """
+        with _own_directory(self._directory) as directory:
+            copied = staging.copy_out(self.archive, directory, limit_bytes=LIMIT_BYTES, as_cache=True)
+            with contextlib.suppress(OSError):
+                self.archive.unlink()
+            if sorted(os.listdir(directory)) != ["new", "unchanged"] or not (directory / "new").is_dir():
+                raise ApplianceError("taking over the image cache: the guest gave something else")
+            (directory / "old").mkdir()
+            with _locked(self._directory, fcntl.LOCK_EX):
+                refused = self._complete(directory)
+                names = [name for name in _entries(directory / "new") if name not in refused]
+                for name in names:
+                    self._replace(name, directory)
+        return Received(entries=tuple(names), refused=tuple(sorted(refused)), left_out=copied.left_out)
+
+    # ---- inside ----
+
+    def _copy(self, path: str, mode: int, target: Path) -> bool:
+        source, copy = self._directory / path, target / path
+        try:
+            if stat.S_ISDIR(mode):
+                os.listdir(source)
+                copy.mkdir()
+            elif stat.S_ISREG(mode):
+                clone(source, copy)
+                self.size_bytes += copy.stat().st_size
+            elif stat.S_ISLNK(mode) and staging.stays_inside(path, link := os.readlink(source)):
+                copy.symlink_to(link)
+            else:
+                return False
+        except OSError as error:
+            # Others may be at work there who do not know of our lock.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT):
+                raise
+            return False
+        return True
+
+    def _complete(self, directory: Path) -> set[str]:
+        """Put the unchanged files of changed entries beside the new ones; return the entries that stay as they were."""
+        new = directory / "new"
+        refused = {name for name in _entries(new) if name in self._partly or self._has_changed(name)}
+        places = {"", *(os.path.relpath(place, new) for place, _, _ in os.walk(new))}
+        for word in _read(directory / "unchanged").split(b"\0"):
+            path = os.fsdecode(word)
+            name = path.split("/", 1)[0]
+            state = self._before.get(name, {}).get(path)
+            if name in refused or state is None or not stat.S_ISREG(state[0]):
+                continue
+            if os.path.dirname(path) not in places:
+                refused.add(name)
+                continue
+            try:
+                os.link(self._directory / path, new / path, follow_symlinks=False)
+            except FileExistsError:
+                refused.add(name)
+            except OSError:
+                # There are file systems without hard links; and with other users' files the kernel forbids them.
+                clone(self._directory / path, new / path)
+        return refused
+
+    def _has_changed(self, name: str) -> bool:
+        return dict(_states(self._directory, name)) != self._before.get(name, {})
+
+    def _replace(self, name: str, directory: Path) -> None:
+        new, final = directory / "new" / name, self._directory / name
+        with shielded():
+            if os.path.lexists(final) and (new.is_dir() or stat.S_ISDIR(final.lstat().st_mode)):
+                final.rename(directory / "old" / name)
+            new.rename(final)
+
+
+def check(directory: Path, home: Path | None) -> None:
+    """Refuse a directory that cannot be, or was not meant to be, an image cache.
+
+    Raises:
+        UsageError: saying why.
+    """
+    doing = f"cannot keep the image cache in '{directory}'"
+    hint = "name a directory that you can write with --image-cache, or one to be made"
+    real = Path(os.path.realpath(directory))
+    if real in (Path("/"), None if home is None else Path(os.path.realpath(home))):
+        raise UsageError(
+            f"{doing}: the elements get a copy of all that is in it",
+            hint="give --image-cache a directory that holds nothing else, such as ~/.cache/image-create",
+        )
+    there = next(place for place in (real, *real.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UsageError(f"{doing}: '{there}' is not a directory", hint=hint)
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError(f"{doing}: no right to read and write '{there}'", hint=hint)
+
+
+def clone(source: Path, copy: Path) -> None:
+    """Copy the file *source* to the new file *copy*, with mode and times; they share blocks where that is possible."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(source, flags), "rb") as reader, copy.open("xb") as writer:
+        state = os.fstat(reader.fileno())
+        try:
+            fcntl.ioctl(writer, _FICLONE, reader.fileno())
+        except OSError:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+        os.fchmod(writer.fileno(), stat.S_IMODE(state.st_mode) & 0o777 | stat.S_IRUSR)
+    os.utime(copy, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ApplianceError("taking over the image cache: the guest gave no list of files")
+    return path.read_bytes()
+
+
+def _entries(directory: Path) -> list[str]:
+    return sorted(name for name in os.listdir(directory) if not name.startswith(_OWN))
+
+
+def _states(directory: Path, name: str) -> Iterator[tuple[str, _Signature]]:
+    """The files of an entry, if there is one, by relative path, a directory before what is in it."""
+    paths = [name]
+    for path in paths:
+        try:
+            state = (directory / path).lstat()
+        except OSError:
+            continue
+        # A directory has another date and size when it is used, and that is no other content.
+        plain = not stat.S_ISDIR(state.st_mode)
+        yield path, (state.st_mode, *((state.st_size, state.st_mtime_ns, state.st_ino) if plain else (0, 0, 0)))
+        if not plain:
+            with contextlib.suppress(OSError):
+                paths += [f"{path}/{inside}" for inside in sorted(os.listdir(directory / path))]
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _own_directory(cache: Path) -> Iterator[Path]:
+    """A directory in *cache*, so that renaming is possible; those of killed builds are removed."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in os.listdir(cache):
+        if name.startswith(_OWN):
+            with contextlib.suppress(OSError), _locked(cache / name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                staging.remove_tree(cache / name)
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            directory = Path(tempfile.mkdtemp(prefix=_OWN, dir=cache))
+            stack.callback(staging.remove_tree, directory)
+            stack.enter_context(_locked(directory, fcntl.LOCK_EX))
+        yield directory

@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image cache: a build gets a copy of it, and what it caches comes back whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from helpers import make_element, make_tiny_os
+from test_staging import as_ordinary_user, run_python
+from virt_dib import image_cache, layout, tools
+from virt_dib.errors import ApplianceError, ScriptError, UsageError
+from virt_dib.image_cache import ImageCache, Received
+from virt_dib.monitor import BuildMonitor
+from virt_dib.phases import Phases
+from virt_dib.plan import make_plan
+from virt_dib.sandbox import Settings, open_sandbox
+from virt_dib.spec import BuildSpec
+from virt_dib.tree_stage import make_tree
+
+DATE_S = 1_500_000_000
+
+
+class Build:
+    """A build's part in it, without the build: its copy, and the guest's script run here."""
+
+    def __init__(self, cache: Path, workspace: Path) -> None:
+        self.cache = ImageCache(cache, workspace)
+        self.copy = workspace / "guest"
+        self._workspace = workspace
+        self.copy.mkdir(parents=True)
+        self.cache.copy_to(self.copy)
+        self._script("mark")
+
+    def _script(self, use: str, *arguments: Path) -> None:
+        script = layout.guest_script("image-cache.py")
+        command: list[str | Path] = [
+            sys.executable,
+            "-I",
+            "-S",
+            script,
+            use,
+            self.copy,
+            self._workspace / "record",
+            *arguments,
+        ]
+        tools.run(command, doing="running the script")
+
+    def end(self) -> Received:
+        """What comes back."""
+        gathered = self._workspace / "gathered"
+        self._script("gather", gathered)
+        tools.run(["tar", "-C", gathered, "-cf", self.cache.archive, "."], doing="running tar")
+        return self.cache.receive()
+
+    def sent(self) -> set[str]:
+        """The files whose content came back."""
+        new = self._workspace / "gathered/new"
+        return {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache with a file, and an entry of several."""
+    directory = tmp_path / "cache"
+    for name, text in {"image": "one", "git/HEAD": "main", "git/refs/old": "1", "git/objects/aa": "content"}.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (DATE_S, DATE_S))
+    return directory
+
+
+@pytest.fixture
+def start(cache: Path, tmp_path: Path) -> Callable[[], Build]:
+    numbers = iter(range(100))
+    return lambda: Build(cache, tmp_path / f"build-{next(numbers)}")
+
+
+def content(directory: Path) -> dict[str, str]:
+    """Files with their texts, links with their targets."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or path.is_file():
+            found[path.relative_to(directory).as_posix()] = (
+                f"-> {path.readlink()}" if path.is_symlink() else path.read_text()
+            )
+    return found
+
+
+BEFORE = {"git/HEAD": "main", "git/objects/aa": "content", "git/refs/old": "1", "image": "one"}
+
+
+def test_a_build_that_only_reads_gives_nothing_back(cache: Path, start: Callable[[], Build]) -> None:
+    build = start()
+    assert content(build.copy) == BEFORE
+    assert (build.copy / "image").stat().st_mtime == DATE_S
+    assert build.end() == Received(entries=(), refused=(), left_out=())
+    assert content(cache) == BEFORE
+
+
+def test_a_directory_that_is_not_there_is_made(tmp_path: Path) -> None:
+    build = Build(tmp_path / "new/cache", tmp_path / "build")
+    (build.copy / "image").write_text("one")
+    assert build.end().entries == ("image",)
+    assert content(tmp_path / "new/cache") == {"image": "one"}
+
+
+def test_changed_entries_are_as_the_build_left_them(cache: Path, start: Callable[[], Build]) -> None:
+    build = start()
+    unchanged = (cache / "git/objects/aa").stat()
+    (build.copy / "git/refs/old").unlink()
+    (build.copy / "git/packed-refs").write_text("old 1")
+    (build.copy / "git/link").symlink_to("refs/../HEAD")
+    (build.copy / "git/link").unlink()
+    (build.copy / "git/objects/link").symlink_to("../HEAD")
+    script = build.copy / "git/hook"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o6755)
+    os.utime(script, (DATE_S, DATE_S))
+    assert build.end() == Received(entries=("git",), refused=(), left_out=())
+    assert content(cache) == {
+        "git/HEAD": "main", "git/hook": "#!/bin/sh\n", "git/objects/aa": "content", "git/objects/link": "-> ../HEAD",
+        "git/packed-refs": "old 1", "image": "one",
+    }  # fmt: skip
+    state = (cache / "git/hook").stat()
+    assert (state.st_mode & 0o7700, state.st_mtime) == (0o700, DATE_S)
+    # Only what is new has been carried about.
+    assert build.sent() == {"git/hook", "git/packed-refs"}
+    assert (cache / "git/objects/aa").stat().st_ino == unchanged.st_ino
+    assert {path.name for path in cache.iterdir()} == {"git", "image"}
+
+
+def test_a_file_may_become_a_directory_and_the_other_way_round(cache: Path, start: Callable[[], Build]) -> None:
+    build = start()
+    (build.copy / "image").unlink()
+    (build.copy / "image").mkdir()
+    (build.copy / "image/part").write_text("two")
+    tools.run(["rm", "-r", build.copy / "git"], doing="removing")
+    (build.copy / "git").write_text("three")
+    assert build.end().entries == ("git", "image")
+    assert content(cache) == {"git": "three", "image/part": "two"}
+
+
+def test_an_entry_that_the_build_has_removed_stays(cache: Path, start: Callable[[], Build]) -> None:
+    build = start()
+    (build.copy / "image").unlink()
+    assert build.end().entries == ()
+    assert content(cache) == BEFORE
+
+
+def test_the_next_build_gets_what_the_last_one_cached(start: Callable[[], Build]) -> None:
+    build = start()
+    (build.copy / "image").write_text("two")
+    build.end()
+    assert content(start().copy) == {**BEFORE, "image": "two"}
+
+
+# ---- others at work ----
+
+
+def test_two_builds_at_a_time_keep_what_both_have_cached(cache: Path, start: Callable[[], Build]) -> None:
+    first, second = start(), start()
+    (first.copy / "first").write_text("1")
+    (second.copy / "second").write_text("2")
+    assert (first.end().entries, second.end().entries) == (("first",), ("second",))
+    assert content(cache) == {**BEFORE, "first": "1", "second": "2"}
+
+
+def test_of_two_builds_that_change_an_entry_the_first_one_wins(cache: Path, start: Callable[[], Build]) -> None:
+    first, second = start(), start()
+    (first.copy / "git/HEAD").write_text("first")
+    (second.copy / "git/objects/bb").write_text("of the second")
+    (second.copy / "image").write_text("of the second")
+    assert first.end().entries == ("git",)
+    assert second.end() == Received(entries=("image",), refused=("git",), left_out=())
+    assert content(cache) == {**BEFORE, "git/HEAD": "first", "image": "of the second"}
+
+
+def test_it_waits_for_another_build_that_is_writing(cache: Path, start: Callable[[], Build]) -> None:
+    build = start()
+    (build.copy / "image").write_text("two")
+    descriptor = os.open(cache, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    thread = threading.Thread(target=build.end)
+    thread.start()
+    thread.join(0.5)
+    assert content(cache)["image"] == "one"
+    os.close(descriptor)
+    thread.join()
+    assert content(cache)["image"] == "two"
+
+
+def test_what_a_killed_build_left_is_removed_and_never_handed_out(cache: Path, start: Callable[[], Build]) -> None:
+    (cache / ".virt-dib-killed/new").mkdir(parents=True)
+    (cache / ".virt-dib-alive").mkdir()
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(cache / ".virt-dib-alive", os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        build = start()
+        assert {path.name for path in build.copy.iterdir()} == {"git", "image"}
+        build.end()
+    assert {path.name for path in cache.iterdir()} == {".virt-dib-alive", "git", "image"}
+
+
+# ---- links, and what may not be read ----
+
+
+def test_links_that_lead_elsewhere_are_not_followed_and_not_replaced(
+    cache: Path, start: Callable[[], Build], tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/secret").write_text("secret")
+    (cache / "apt").symlink_to(tmp_path / "elsewhere")
+    (cache / "inside").symlink_to("git/HEAD")
+    build = start()
+    assert content(build.copy) == {**BEFORE, "inside": "-> git/HEAD"}
+    (build.copy / "apt").mkdir()
+    (build.copy / "apt/secret").write_text("overwritten")
+    assert build.end() == Received(entries=(), refused=("apt",), left_out=())
+    assert (cache / "apt").readlink() == tmp_path / "elsewhere"
+    assert content(tmp_path / "elsewhere") == {"secret": "secret"}
+
+
+def test_files_that_this_user_may_not_read_are_left_out(anyones_dir: Path) -> None:
+    text = run_python(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from virt_dib.image_cache import ImageCache\n"
+        "top = Path(sys.argv[1])\n"
+        "(top / 'cache/closed').mkdir(parents=True)\n"
+        "(top / 'cache/file').write_text('text')\n"
+        "(top / 'cache/closed').chmod(0)\n"
+        "(top / 'copy').mkdir()\n"
+        "ImageCache(top / 'cache', top).copy_to(top / 'copy')\n"
+        "print(sorted(os.listdir(top / 'copy')))\n",
+        anyones_dir,
+        before=as_ordinary_user(),
+    )
+    assert text == "['file']\n"
+
+
+# ---- what a hostile guest gives back ----
+
+
+def send(build: Build, *members: tuple[str, bytes, str], unchanged: bytes = b"") -> Received:
+    """Have the guest send this: names, types and contents or targets of links."""
+    with tarfile.open(build.cache.archive, "w") as archive:
+        for name, kind, text in (*members, ("unchanged", tarfile.REGTYPE, unchanged.decode())):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+                info.linkname = text
+                archive.addfile(info)
+            else:
+                info.size = len(text)
+                archive.addfile(info, io.BytesIO(text.encode()))
+    return build.cache.receive()
+
+
+NEW = ("new", tarfile.DIRTYPE, "")
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../..", "../git/../..", "a/../../..", "sub/../../../x", "../../old", ""]
+)
+def test_links_out_of_the_cache_are_left_out(cache: Path, start: Callable[[], Build], target: str) -> None:
+    received = send(start(), NEW, ("new/x/file", tarfile.REGTYPE, "1"), ("new/x/link", tarfile.SYMTYPE, target))
+    assert received == Received(entries=("x",), refused=(), left_out=("new/x/link",))
+    assert content(cache) == {**BEFORE, "x/file": "1"}
+
+
+@pytest.mark.parametrize(
+    "unchanged", [b"../secret", b"/etc/passwd", b"git/../../secret", b"x/absent", b"git", b"", b"\xff", b"image/x"]
+)
+def test_files_it_did_not_get_are_not_linked(
+    cache: Path, start: Callable[[], Build], tmp_path: Path, unchanged: bytes
+) -> None:
+    (tmp_path / "secret").write_text("secret")
+    build = start()
+    build.cache.archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(build.cache.archive, "w") as archive:
+        for name, kind, data in (
+            ("new", tarfile.DIRTYPE, b""),
+            ("new/x", tarfile.REGTYPE, b"1"),
+            ("unchanged", tarfile.REGTYPE, unchanged + b"\0"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert build.cache.receive().entries == ("x",)
+    assert content(cache) == {**BEFORE, "x": "1"}
+
+
+def test_unchanged_files_do_not_go_through_links(cache: Path, start: Callable[[], Build]) -> None:
+    members = [NEW, ("new/git/refs", tarfile.SYMTYPE, "objects"), ("new/git/objects/bb", tarfile.REGTYPE, "2")]
+    assert send(start(), *members, unchanged=b"git/refs/old\0").refused == ("git",)
+    assert content(cache) == BEFORE
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param([("new/../../x", tarfile.REGTYPE, "1")], id="a name that leads out"),
+        pytest.param([NEW, ("new/a", tarfile.SYMTYPE, "b"), ("new/a/c", tarfile.REGTYPE, "1")], id="through a link"),
+        pytest.param([], id="nothing"),
+        pytest.param([("new", tarfile.REGTYPE, "")], id="a file instead of the directory"),
+        pytest.param([NEW, ("old", tarfile.DIRTYPE, "")], id="a directory of ours"),
+        pytest.param([("new", tarfile.SYMTYPE, "unchanged")], id="a link instead of the directory"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_as_a_whole(
+    cache: Path, start: Callable[[], Build], members: list[tuple[str, bytes, str]]
+) -> None:
+    with pytest.raises(ApplianceError):
+        send(start(), *members)
+    assert content(cache) == BEFORE
+    assert {path.name for path in cache.iterdir()} == {"git", "image"}
+
+
+def test_its_own_names_are_not_taken(cache: Path, start: Callable[[], Build]) -> None:
+    assert send(start(), NEW, ("new/.virt-dib-x", tarfile.REGTYPE, "1")).entries == ()
+    assert content(cache) == BEFORE
+
+
+# ---- which directories ----
+
+
+@pytest.mark.parametrize("name", ["", "home", "home/../home", "file", "file/below"])
+def test_directories_that_cannot_be_meant(tmp_path: Path, name: str) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "file").touch()
+    directory = Path(f"{tmp_path}/{name}") if name else Path("/")
+    with pytest.raises(UsageError, match="cannot keep the image cache in") as caught:
+        image_cache.check(directory, tmp_path / "home")
+    assert caught.value.problems[0].hint
+
+
+def test_directories_that_can(tmp_path: Path) -> None:
+    (tmp_path / "home/.cache").mkdir(parents=True)
+    image_cache.check(tmp_path / "home/.cache/image-create", tmp_path / "home")
+    image_cache.check(tmp_path / "home/.cache", None)
+
+
+# ---- in a build ----
+
+
+CACHER = """#!/bin/bash
+set -eu
+echo "cached: $(cat "$DIB_IMAGE_CACHE/entry/file" 2>/dev/null | tr '\\n' ' ')"
+mkdir -p "$DIB_IMAGE_CACHE/entry"
+echo line >>"$DIB_IMAGE_CACHE/entry/file"
+ln -s /etc/passwd "$DIB_IMAGE_CACHE/entry/odd" 2>/dev/null || true
+exit "${CACHER_STATUS:-0}"
+"""
+
+
+def tree_stage(tmp_path: Path, cache: Path | None, variables: Mapping[str, str]) -> str:
+    """What the tree stage shows, run in a sandbox without the rest of a build."""
+    directory = Path(tempfile.mkdtemp(dir=tmp_path))
+    make_tiny_os(directory / "elements")
+    make_element(directory / "elements", "cacher", {"extra-data.d/50-cacher": CACHER})
+    spec = BuildSpec(
+        name="x", output_dir=directory, elements=("tiny-os", "cacher"), element_paths=(directory / "elements",),
+        skip_base=True, network=False, image_cache=cache, variables=variables,
+    )  # fmt: skip
+    screen = io.StringIO()
+    with (
+        BuildMonitor(
+            log_path=directory / "x.log", stream=screen, quiet=False, verbose=False, total_phases=1
+        ) as monitor,
+        contextlib.suppress(ScriptError),
+    ):
+        plan = make_plan(spec, directory)
+        with open_sandbox(Settings(directory=plan.staging.finish(), network=False)) as box:
+            make_tree(plan, Phases(plan.hooks.owners, monitor), box)
+    return (directory / "x.log").read_text()
+
+
+@pytest.mark.sandbox
+def test_the_next_build_finds_what_elements_have_cached(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = tree_stage(tmp_path, cache, {})
+    assert "cached: \n" in first
+    assert "no link inside the cache: ./new/entry/odd" in first
+    assert content(cache) == {"entry/file": "line\n"}
+    # What a build has cached that failed later is kept too.
+    assert "cached: line \n" in tree_stage(tmp_path, cache, {"CACHER_STATUS": "1"})
+    assert "cached: line line \n" in tree_stage(tmp_path, cache, {})
+    assert (cache / "entry/file").stat().st_uid == os.geteuid()
+    # And nothing of it is there for who does not ask for it.
+    assert "cached: \n" in tree_stage(tmp_path, None, {})
