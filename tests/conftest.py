@@ -99,7 +99,7 @@ def probe_build(isolation: str, element_dir: Path, tmp_path_factory: pytest.Temp
         [
             "--name", "probe", "--formats", "raw,qcow2", "--size", "1G", "--skip-base", "-p", element_dir,
             "--isolation", isolation, "--envvar", "PROBE_VALUE=two words, 'quotes', $dollar", "--envvar", "DIB_PROBE=1",
-            "--extra-packages", "first,second", "tiny-os", "probe",
+            "--extra-packages", "first,second", "--machine-readable=file:probe.events", "tiny-os", "probe",
         ],
         cwd=tmp_path_factory.mktemp("probe-build"),
         environment={"HOST_SECRET": "from the host", "TMPDIR": "/var/tmp"},

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from virt_dib import __version__, cli, command_line, formats, tools
 from virt_dib.errors import Interrupted, PrerequisiteError, Problem, ScriptError, UsageError, VirtDibError
+from virt_dib.machine_readable import Target
 from virt_dib.options import build_parser
-from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation
+from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, host_arch
 
 GIB = 1 << 30
 MANUAL_OPTIONS = [
     "-B", "-p", "--element-path", "--name", "--formats", "--size", "--envvar", "--arch", "--debug", "-m", "--memsize",
     "--smp", "--network", "--no-network", "--root-label", "--fs-type", "--mkfs-options", "--extra-packages",
     "--skip-base", "--install-type", "--exclude-element", "--exclude-script", "--no-delete-on-failure", "-u",
-    "--qemu-img-options", "-q", "--quiet", "-v", "--verbose", "-x", "-V", "--version", "--help",
+    "--qemu-img-options", "-q", "--quiet", "-v", "--verbose", "-x", "-V", "--version", "--help", "--machine-readable",
 ]  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_defaults() -> None:
         name="image",
         output_dir=Path(),
         elements=("debian-minimal", "vm"),
-        arch=command_line.host_arch(),
+        arch=host_arch(),
         arguments=("debian-minimal", "vm"),
     )
 
@@ -115,6 +116,8 @@ def test_option_sets_the_spec(arguments: list[str], field: str, value: object) -
         (["--verbose"], command_line.Options(verbose=True)),
         (["-x"], command_line.Options(trace=True)),
         (["-qvx"], command_line.Options(quiet=True, verbose=True, trace=True)),
+        (["--machine-readable"], command_line.Options(machine_readable=Target(descriptor=1))),
+        (["--machine-readable=file:a:b"], command_line.Options(machine_readable=Target(path=Path("a:b")))),
         (["--kvm", "on"], command_line.Options(kvm="on")),
         (["--kvm=off"], command_line.Options(kvm="off")),
     ],
@@ -188,7 +191,7 @@ def test_after_two_dashes_everything_is_an_element() -> None:
 )
 def test_architecture_is_named_as_debian_does(machine: str, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert command_line.host_arch() == arch
+    assert host_arch() == arch
 
 
 def test_help_has_every_option_of_the_manual_and_only_what_is_read() -> None:
@@ -258,7 +261,7 @@ def test_bad_value_leaves_the_default_so_that_the_rest_can_be_checked() -> None:
         name="image",
         output_dir=Path(),
         elements=("vm",),
-        arch=command_line.host_arch(),
+        arch=host_arch(),
         arguments=(*bad, "--root-label", "x" * 17, "vm"),
     )
 
@@ -284,7 +287,7 @@ def test_bad_variable_for_kvm_is_a_problem_that_names_it() -> None:
         ("--zzzz", "--zzzz", None),
         ("-z", "-z", None),
         ("-qz", "-z", None),
-        ("--machine-readable", "--machine-readable", None),
+        ("--ramdisk", "--ramdisk", None),
     ],
 )
 def test_unknown_option(word: str, unknown: str | None, meant: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Run, make_element, virt_dib
+from helpers import Run, make_element, skip_without, virt_dib
 from virt_dib import tools
 from virt_dib.spec import Phase
 
@@ -250,7 +251,7 @@ def wait_for(path: Path, text: bytes) -> None:
 @pytest.mark.appliance
 def test_the_exit_status_of_a_good_build_and_its_outputs(probe_build: Run) -> None:
     names = {path.name for path in probe_build.output_dir.iterdir()}
-    assert names == {"probe.raw", "probe.qcow2", "probe.d", "probe.log"}
+    assert names == {"probe.raw", "probe.qcow2", "probe.d", "probe.log", "probe.events"}
     assert "install.d" in probe_build.stdout
     assert "virtual size 1.0 GiB" in probe_build.stdout
 
@@ -259,3 +260,44 @@ def test_nothing_is_built_without_elements(tmp_path: Path) -> None:
     run = virt_dib([], cwd=tmp_path)
     assert run.exit_status == 2
     assert "debian-minimal" in " ".join(hints(run))
+
+
+# ---- what is shown ----
+
+OWN_LINE = re.compile(r"\[ *[0-9]+\.[0-9]\] (.*)")
+
+
+def shown(option: str, element_dir: Path, output_dir: Path, tmp_path: Path) -> tuple[str, list[str]]:
+    """Standard output of a build that fails while the appliance starts; and of it the lines of ours."""
+    skip_without("sandbox")
+    make_element(tmp_path / "elements", "bad", {"root.d/60-bad": "#!/bin/bash\nsleep 5; echo last words\nexit 42\n"})
+    arguments: list[str | Path] = ["--isolation", "sandbox", "--skip-base", "-p", element_dir]
+    run = fail([option, *arguments, "-p", tmp_path / "elements", "tiny-os", "bad"], output_dir, tmp_path)
+    assert (run.exit_status, len(errors(run))) == (1, 1)
+    return run.stdout, [match[1] for match in map(OWN_LINE.fullmatch, run.stdout.splitlines()) if match]
+
+
+@pytest.mark.appliance
+def test_quiet_shows_errors_alone(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    out, _ = shown("-q", element_dir, output_dir, tmp_path)
+    assert out == ""
+    assert b"last words" in (output_dir / "disk.log").read_bytes()
+
+
+@pytest.mark.appliance
+def test_x_traces_the_calls_of_libguestfs_alone(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    out, own = shown("-x", element_dir, output_dir, tmp_path)
+    said = [line for line in own if line.startswith("libguestfs: ")]
+    assert any(line.startswith("libguestfs: trace: add_drive ") for line in said)
+    assert any(line.startswith("libguestfs: trace: launch") for line in said)
+    assert [line for line in said if not line.startswith("libguestfs: trace: ")] == []
+    assert "last words" in out
+    assert not any("root.d/60-bad failed" in line for line in own)
+
+
+@pytest.mark.appliance
+def test_verbose_shows_times_and_what_libguestfs_does(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    _, own = shown("-v", element_dir, output_dir, tmp_path)
+    assert any(line.startswith("libguestfs: launch: ") for line in own)
+    assert not any(line.startswith("libguestfs: trace: ") for line in own)
+    assert any(line.startswith("root.d/60-bad failed with exit status 42 after ") for line in own)

@@ -375,13 +375,8 @@ def tree_stage(tmp_path: Path, cache: Path | None, variables: Mapping[str, str])
         name="x", output_dir=directory, elements=("tiny-os", "cacher"), element_paths=(directory / "elements",),
         skip_base=True, network=False, image_cache=cache, variables=variables,
     )  # fmt: skip
-    screen = io.StringIO()
-    with (
-        BuildMonitor(
-            log_path=directory / "x.log", stream=screen, quiet=False, verbose=False, total_phases=1
-        ) as monitor,
-        contextlib.suppress(ScriptError),
-    ):
+    monitor = BuildMonitor()
+    with monitor.logging(directory / "x.log"), contextlib.suppress(ScriptError):
         plan = make_plan(spec, directory)
         with open_sandbox(Settings(directory=plan.staging.finish(), network=False)) as box:
             make_tree(plan, Phases(plan.hooks.owners, monitor), box)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import itertools
@@ -15,7 +16,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -23,19 +23,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virt_dib import tools
+from virt_dib import events, tools
 from virt_dib.errors import Interrupted, Problem, ScriptError, ToolError, VirtDibError
-from virt_dib.monitor import BuildMonitor, Sanitiser, printable, size_text, summary, write_out
+from virt_dib.monitor import BuildMonitor, Display, Sanitiser, printable, size_text, summary, write_out
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
-from virt_dib.spec import Phase
+from virt_dib.spec import BuildSpec, Phase
 
 MIB = 1 << 20
 COLUMNS = 60
 OWN_LINE = re.compile(r"\[ *[0-9]+\.[0-9]\] (.*)")
 
 
-def monitor(log_path: Path, stream: TextIO, *, quiet: bool = False, verbose: bool = False) -> BuildMonitor:
-    return BuildMonitor(log_path=log_path, stream=stream, quiet=quiet, verbose=verbose, total_phases=4)
+@contextlib.contextmanager
+def monitor(log_path: Path, stream: TextIO, *, quiet: bool = False, verbose: bool = False) -> Iterator[BuildMonitor]:
+    """A build as the command shows it."""
+    with Display(stream, quiet=quiet, verbose=verbose) as display:
+        shown = BuildMonitor(display)
+        spec = BuildSpec(name="d", output_dir=log_path.parent, elements=("foo",))
+        with shown.following(spec), shown.logging(log_path):
+            shown.planned(["foo"], 4)
+            yield shown
 
 
 def script_result(name: str, exit_status: int = 0) -> ScriptResult:
@@ -248,14 +255,14 @@ def test_log_is_kept_on_failure_and_ends_with_the_error(tmp_path: Path, error: B
 
 def test_full_disk_under_the_log_is_one_error(tmp_path: Path) -> None:
     program = f"""
-import io, resource
+import resource
 from pathlib import Path
 from virt_dib.errors import ToolError
 from virt_dib.monitor import BuildMonitor
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+monitor = BuildMonitor()
 try:
-    with BuildMonitor(log_path=Path({str(tmp_path / "d.log")!r}), stream=io.StringIO(), quiet=False,
-                      verbose=False, total_phases=1) as monitor:
+    with monitor.logging(Path({str(tmp_path / "d.log")!r})):
         for _ in range(100):
             monitor.output(b"x" * 99 + b"\\n")
 except ToolError as error:
@@ -286,6 +293,96 @@ def test_memory_does_not_grow_with_output(tmp_path: Path) -> None:
         assert len(shown.tail()[0]) == 500
     assert (tmp_path / "d.log").stat().st_size > 100 * MIB
     (tmp_path / "d.log").unlink()
+
+
+# ---- the events ----
+
+
+def told_of(log_path: Path, *, fail: BaseException | None = None) -> list[events.Event]:
+    """The events of a build of two phases and a step."""
+    told: list[events.Event] = []
+    shown = BuildMonitor(told.append)
+    spec = BuildSpec(name="d", output_dir=log_path.parent, elements=("foo",))
+    with contextlib.suppress(ScriptError), shown.following(spec), shown.logging(log_path):
+        shown.planned(["foo", "base"], 2)
+        shown.phase_started("root.d", [])
+        shown.phase_finished(PhaseResult(title="root.d", seconds=1.0))
+        shown.phase_started("copying the tree", [])
+        shown.output(b"copied\n")
+        shown.phase_finished(PhaseResult(title="copying the tree", seconds=1.0))
+        shown.phase_started("install.d", ["50-foo"])
+        for name, status in (("50-foo", 0), ("60-added", 3)):
+            shown.script_started(name, "foo" if name == "50-foo" else None)
+            shown.output(b"hel")
+            shown.output(b"lo\n")
+            shown.script_finished(script_result(name, status))
+        if fail is not None:
+            raise fail
+    return told
+
+
+def test_events_tell_how_far_a_build_is(tmp_path: Path) -> None:
+    told = told_of(tmp_path / "d.log")
+    phases = [event for event in told if isinstance(event, events.PhaseStarted)]
+    assert [(event.title, event.step, event.number, event.total) for event in phases] == [
+        ("root.d", False, 1, 2),
+        ("copying the tree", True, 2, 2),
+        ("install.d", False, 3, 3),
+    ]
+    scripts = [event for event in told if isinstance(event, events.ScriptStarted)]
+    assert [(event.name, event.element, event.number, event.total) for event in scripts] == [
+        ("50-foo", "foo", 1, 1),
+        ("60-added", None, 2, 2),
+    ]
+    ended = [event for event in told if isinstance(event, events.ScriptFinished)]
+    assert [event.exit_status for event in ended] == [0, 3]
+    assert b"".join(event.data for event in told if isinstance(event, events.Output)) == b"copied\nhello\nhello\n"
+    assert [event.elapsed_s for event in told] == sorted(event.elapsed_s for event in told)
+
+
+def test_events_know_where_output_is_in_the_log(tmp_path: Path) -> None:
+    told = told_of(tmp_path / "d.log")
+    lines = (tmp_path / "d.log").read_text().split("\n")
+    for event in told:
+        if isinstance(event, (events.ScriptStarted, events.ScriptFinished)):
+            assert lines[event.log_line - 1] == "hello"
+
+
+@pytest.mark.parametrize("problems", [1, 2])
+def test_events_tell_each_reason_of_a_failure_and_where_it_was(tmp_path: Path, problems: int) -> None:
+    reasons = [Problem(f"reason {number}", "a hint", ("last line",)) for number in range(problems)]
+    told = told_of(tmp_path / "d.log", fail=ScriptError.of(reasons))
+    last = told[-1]
+    assert isinstance(last, events.BuildFailed)
+    assert (last.phase, last.script, last.log_path, last.exit_status, last.interrupted) == (
+        "install.d", "60-added", tmp_path / "d.log", 1, False,
+    )  # fmt: skip
+    found = [event for event in told if isinstance(event, events.ErrorFound)]
+    assert [(event.text, event.hint, event.details) for event in found] == [
+        (reason.message, "a hint", ("last line",)) for reason in reasons
+    ]
+
+
+def test_a_log_that_is_full_ends_the_build_whatever_thread_writes_there(tmp_path: Path) -> None:
+    program = f"""
+import resource, threading
+from pathlib import Path
+from virt_dib.errors import ToolError
+from virt_dib.monitor import BuildMonitor
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+monitor = BuildMonitor()
+try:
+    with monitor.logging(Path({str(tmp_path / "d.log")!r})):
+        thread = threading.Thread(target=monitor.debug, args=["x" * 2000])
+        thread.start()
+        thread.join()
+        monitor.message("next")
+except ToolError as error:
+    print(error)
+"""
+    result = tools.run([sys.executable, "-c", program], doing="filling the log")
+    assert result.stdout.endswith("': File too large\n")
+    assert result.stderr == ""
 
 
 # ---- the tail ----
@@ -415,9 +512,9 @@ def test_nobody_reading_does_not_end_the_build(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from virt_dib.monitor import BuildMonitor, write_out
-with BuildMonitor(log_path=Path({str(tmp_path / "d.log")!r}), stream=sys.stdout, quiet=False,
-                  verbose=False, total_phases=1) as monitor:
+from virt_dib.monitor import BuildMonitor, Display, write_out
+monitor = BuildMonitor(Display(sys.stdout))
+with monitor.logging(Path({str(tmp_path / "d.log")!r})):
     monitor.message("first")
     sys.stdin.readline()
     for number in range(1000):
@@ -491,7 +588,7 @@ class Screen:
         return lines
 
 
-@contextmanager
+@contextlib.contextmanager
 def terminal() -> Iterator[tuple[TextIO, Screen]]:
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))

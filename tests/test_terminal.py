@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virt_dib import tools
-from virt_dib.monitor import BuildMonitor
+from virt_dib.monitor import BuildMonitor, Display
 from virt_dib.options import BY_NAME
 from virt_dib.terminal import Style, columns_of, fold
 
@@ -87,12 +87,12 @@ def test_the_lines_of_a_build_are_coloured_and_wrapped_and_its_log_is_not(
     stream = io.StringIO()
     style = Style(colour=True, wrap=True)
     log = tmp_path / "log"
-    with BuildMonitor(
-        log_path=log, stream=stream, quiet=False, verbose=False, total_phases=1, style=style
-    ) as build_monitor:
-        build_monitor.message("one two three four five six seven eight")
-        build_monitor.warning("look here")
-        build_monitor.output(b"what scripts say is left as it is, however long the line may be\n")
+    with Display(stream, style=style) as display:
+        build_monitor = BuildMonitor(display)
+        with build_monitor.logging(log):
+            build_monitor.message("one two three four five six seven eight")
+            build_monitor.warning("look here")
+            build_monitor.output(b"what scripts say is left as it is, however long the line may be\n")
     text = re.sub(r"[0-9]\.[0-9]\]", "0.0]", stream.getvalue())
     assert text == (
         "\x1b[32m[   0.0] one two three four five six\n         seven eight\x1b[0m\n"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, TypeVar
 from virt_dib import environment as contract
 from virt_dib import supermin
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
-from virt_dib.interrupts import shielded
+from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
 
 if TYPE_CHECKING:
@@ -90,9 +90,13 @@ class Settings:
     insist: bool = False
     """With ``accelerate``: fail where KVM does not work, instead of emulating."""
     trace: bool = False
+    """Have libguestfs tell its calls."""
     verbose: bool = False
+    """Have libguestfs tell what it does, and the appliance what it says on its console."""
     on_message: Callable[[str], None] | None = None
-    """Gets what there is to tell, and what libguestfs says with ``trace`` and ``verbose``."""
+    """Gets what there is to tell."""
+    on_debug: Callable[[str], None] | None = None
+    """Gets what libguestfs says with ``trace`` and ``verbose``; in a thread of its own."""
 
 
 def binding_problem() -> Problem | None:
@@ -308,6 +312,7 @@ class Appliance:
                 self._kill()
                 raise _NoAnswerError("the appliance stood still while it was being prepared")
             self._check_host_space()
+            check_cancelled()
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, _POLL_LAST_S)
 
@@ -342,7 +347,7 @@ class Appliance:
         timeout_s: float = _REPLY_TIMEOUT_S,
         meanwhile: Callable[[], None] | None = None,
     ) -> _T:
-        """Call libguestfs. With *meanwhile*, called every second, there is no limit of time."""
+        """Call libguestfs. With *meanwhile*, called again and again, there is no limit of time."""
         return self._result(self._caller.submit(function, *arguments), doing, timeout_s, meanwhile)
 
     def _result(
@@ -418,12 +423,14 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     handle.set_smp(settings.cpus)
     handle.set_network(settings.network)
     handle.set_append(_KERNEL_OPTIONS)
-    if settings.on_message is not None and (settings.trace or settings.verbose):
-        report = settings.on_message
+    if settings.on_debug is not None and (settings.trace or settings.verbose):
+        report = settings.on_debug
+        # As libguestfs begins its lines on standard error.
+        prefixes = {guestfs.EVENT_TRACE: "libguestfs: trace: ", guestfs.EVENT_LIBRARY: "libguestfs: "}
         handle.set_trace(settings.trace)
         handle.set_verbose(settings.verbose)
         handle.set_event_callback(
-            lambda _event, _handle, text, _array: report(text.rstrip("\n")),
+            lambda event, _handle, text, _array: report(prefixes.get(event, "") + text.rstrip("\n")),
             guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
         )
     for disk in [*settings.disks, *([settings.early_disk] if settings.early_disk else [])]:
@@ -436,7 +443,8 @@ def _wait(
 ) -> None:
     """Wait in slices: a signal that comes just before a thread begins to wait does not wake it."""
     until = time.monotonic() + timeout_s
-    while not concurrent.futures.wait([future], 1.0).done:
+    while not concurrent.futures.wait([future], CHECK_INTERVAL_S).done:
+        check_cancelled()
         if meanwhile is not None:
             meanwhile()
         elif time.monotonic() > until:

@@ -7,15 +7,17 @@ import contextlib
 import errno
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib import disk_stage, kvm, layout, network, sandbox, staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError, UsageError
+from virt_dib.events import Listener, ignore
+from virt_dib.hooks import Script
+from virt_dib.interrupts import Cancellation, cancellable
 from virt_dib.kvm import Acceleration, Verdict
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import open_outputs
@@ -44,6 +46,9 @@ class RunOptions:
     kvm: str = "auto"
     """``auto``, ``on`` or ``off``."""
     trace: bool = False
+    """Have libguestfs tell its calls."""
+    verbose: bool = False
+    """Have libguestfs tell what it does, and the appliance what it says on its console."""
 
 
 def build_image(
@@ -51,32 +56,79 @@ def build_image(
     *,
     problems: Sequence[Problem] = (),
     options: RunOptions = RunOptions(),
-    open_monitor: Callable[[Path, int], contextlib.AbstractContextManager[BuildMonitor]],
+    listener: Listener = ignore,
+    cancellation: Cancellation | None = None,
 ) -> BuildReport:
-    """Build what *spec* asks for.
+    """Build what *spec* asks for, and tell *listener* what happens.
 
-    *open_monitor* gets the path of the log and the number of phases and steps.
+    *problems* were found in the request before; they end the build, together with those that are found now.
 
     Raises:
         VirtDibError: what went wrong; files of an earlier build are as they were.
+        Interrupted: *cancellation* was used; likewise.
     """
-    begun = time.monotonic()
+    monitor = BuildMonitor(listener)
+    with monitor.following(spec), cancellable(cancellation):
+        report = _build(spec, problems, options, monitor)
+    monitor.finished(report)
+    return report
+
+
+def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
+    log_path = spec.output_dir / f"{spec.name}.log"
     with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
-        plan = make_plan(spec, workspace, problems, in_sandbox=options.isolation is Isolation.SANDBOX)
-        log_path = spec.output_dir / f"{spec.name}.log"
-        with open_monitor(log_path, _steps(plan)) as monitor:
+        plan = _plan(spec, workspace, problems, options)
+        with monitor.logging(log_path):
+            monitor.planned([element.name for element in plan.elements], _steps(plan))
             build = _Build(plan, Phases(plan.hooks.owners, monitor), workspace, options)
             artifacts = build.run()
     with contextlib.suppress(OSError):  # somebody tidied it away; the build is good all the same
         log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
         artifacts = (*artifacts, log)
-    return BuildReport(name=spec.name, phases=build.results, artifacts=artifacts, seconds=time.monotonic() - begun)
+    return BuildReport(name=spec.name, phases=build.results, artifacts=artifacts, seconds=monitor.elapsed_s)
 
 
 def _steps(plan: BuildPlan) -> int:
     """How many phases and steps a build has, about."""
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
     return 1 + len(phases) + len(disk_stage.STEPS) + 1 + bool(plan.spec.extra_packages) + bool(plan.image_cache)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePlan:
+    """What would be built."""
+
+    elements: Mapping[str, Path]
+    """All of them, with the directories they were found in."""
+    scripts: tuple[Script, ...]
+    """In the order they would run; scripts may add more during the build."""
+    formats: tuple[str, ...]
+    memory_mib: int
+    cpus: int
+
+
+def plan_image(spec: BuildSpec, *, options: RunOptions = RunOptions()) -> ImagePlan:
+    """Find out what :func:`build_image` would do, without an appliance or a sandbox and without any file.
+
+    Raises:
+        VirtDibError: all that would keep it from being built, as far as it can be known before.
+    """
+    with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
+        plan = _plan(spec, workspace, (), options)
+        return ImagePlan(
+            elements={element.name: element.path for element in plan.elements},
+            scripts=tuple(script for phase in Phase for script in plan.hooks.scripts(phase)),
+            formats=tuple(output.name for output in plan.formats),
+            memory_mib=plan.memory_mib,
+            cpus=plan.cpus,
+        )
+
+
+def _plan(spec: BuildSpec, workspace: Path, problems: Sequence[Problem], options: RunOptions) -> BuildPlan:
+    if not spec.elements:
+        # Nothing to plan with, and the plan would only say so again.
+        raise UsageError.of(problems or [Problem("no element named", "name at least an operating system")])
+    return make_plan(spec, workspace, problems, in_sandbox=options.isolation is Isolation.SANDBOX)
 
 
 @contextlib.contextmanager
@@ -229,8 +281,9 @@ class _Build:
             accelerate=verdict.acceleration is Acceleration.KVM,
             insist=self._options.kvm == "on",
             trace=self._options.trace,
-            verbose=self._options.trace,
+            verbose=self._options.verbose,
             on_message=self._monitor.message,
+            on_debug=self._monitor.debug,
         )
 
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
 from virt_dib.command_line import CommandLine, parse
-from virt_dib.errors import Interrupted, UsageError, VirtDibError
+from virt_dib.errors import Interrupted, VirtDibError
+from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import BuildMonitor, printable, summary, write_out
+from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
+from virt_dib.monitor import Display, printable, summary, write_out
 from virt_dib.options import PROG
 from virt_dib.report import BuildReport
 from virt_dib.spec import BuildSpec
@@ -53,13 +56,26 @@ def _run(command: CommandLine) -> int:
         return 0
     if command.options.list_elements:
         return _list_elements(command.spec)
-    if not command.spec.elements:
-        # Nothing to plan with, and the plan would only say so again.
-        raise UsageError.of(command.problems)
-    with interrupts():
-        report = _build(command)
-        if not command.options.quiet:
-            write_out(sys.stdout, "\n" + summary(report))
+    options, target = command.options, command.options.machine_readable
+    # A stream with lines of JSON has nothing else.
+    people = sys.stderr if target == Target(descriptor=STDOUT) else sys.stdout
+    with interrupts(), contextlib.ExitStack() as stack:
+        display = Display(people, quiet=options.quiet, verbose=options.verbose, style=options.style)
+        listeners: list[Listener] = [stack.enter_context(display)]
+        if target is not None:
+            lines = stack.enter_context(open_lines(target))
+            if not command.spec.elements and not command.problems:
+                lines.write(features())
+                return 0
+            listeners.append(lines)
+        try:
+            report = _build(command, to_all(listeners))
+        except (VirtDibError, Interrupted) as error:
+            if target == Target(descriptor=STDERR):
+                return error.exit_status
+            raise
+    if not options.quiet:
+        write_out(people, "\n" + summary(report))
     return 0
 
 
@@ -72,22 +88,15 @@ def _list_elements(spec: BuildSpec) -> int:
     return 0
 
 
-def _build(command: CommandLine) -> BuildReport:
-    from virt_dib import builder  # noqa: PLC0415 - --help and --version need none of it, and it is slow
+def _build(command: CommandLine, listener: Listener) -> BuildReport:
+    from virt_dib import api  # noqa: PLC0415 - --help and --version need none of it, and it is slow
 
     options = command.options
-    return builder.build_image(
+    return api.build_image(
         command.spec,
         problems=command.problems,
-        options=builder.RunOptions(
-            isolation=options.isolation, kvm=options.kvm, trace=options.trace or options.verbose
+        options=api.RunOptions(
+            isolation=options.isolation, kvm=options.kvm, trace=options.trace, verbose=options.verbose
         ),
-        open_monitor=lambda log_path, total_phases: BuildMonitor(
-            log_path=log_path,
-            stream=sys.stdout,
-            quiet=options.quiet,
-            verbose=options.verbose,
-            total_phases=total_phases,
-            style=options.style,
-        ),
+        listener=listener,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,28 @@ from typing import TypeVar
 
 from virt_dib import __version__, formats, kvm
 from virt_dib.errors import Problem, UsageError
+from virt_dib.machine_readable import Target, parse_target
 from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, listed_names, sort_words
-from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, check_label, parse_size
+from virt_dib.spec import (
+    DEFAULT_SIZE_BYTES,
+    INSTALL_TYPES,
+    LABEL_LIMITS,
+    NUMBERS,
+    BuildSpec,
+    Isolation,
+    check_arch,
+    check_label,
+    check_name,
+    check_variable,
+    host_arch,
+    parse_size,
+)
 from virt_dib.terminal import AUTOMATIC, Style
 
 _T = TypeVar("_T")
 
-_VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
-_INSTALL_TYPES = ("source", "package")
 _DEFAULT_NAME = "image"
 _DEFAULT_FS_TYPE = "ext4"
-_MIN_MEMORY_MIB = 256
-_MAX_MEMORY_MIB = 1 << 24
-_MAX_CPUS = 255
-_MAX_DEBUG_LEVEL = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +49,8 @@ class Options:
     isolation: Isolation = Isolation.VM
     style: Style = AUTOMATIC
     list_elements: bool = False
+    machine_readable: Target | None = None
+    """Where events go as JSON."""
     answer: str | None = None
     """Text to print instead of building (--help, --version and the like)."""
 
@@ -72,6 +81,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         isolation=values.take(lambda: _isolation(given.isolation, environ), Isolation.VM),
         style=Style(colour=given.colour, wrap=given.wrap),
         list_elements=given.list_elements,
+        machine_readable=values.take(lambda: _target(given.machine_readable), None),
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
@@ -110,18 +120,16 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
     return BuildSpec(
         name=name,
         output_dir=output_dir,
-        elements=values.take(lambda: _elements(given.elements), ()),
+        elements=values.take(lambda: _elements(given.elements, needed=given.machine_readable is None), ()),
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
         dib_library=values.take(lambda: _path("-B", given.dib_library), None),
         formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
         size_bytes=values.take(lambda: _size(given.size, variables), default_size),
         arch=values.take(lambda: _arch(asked(given.arch, "ARCH")), host_arch()),
         variables=variables,
-        debug_level=values.take(lambda: _number("debug level", debug, 0, _MAX_DEBUG_LEVEL), None) or 0,
-        memory_mib=values.take(
-            lambda: _number("memory size in MB", given.memory, _MIN_MEMORY_MIB, _MAX_MEMORY_MIB), None
-        ),
-        cpus=values.take(lambda: _number("number of processors", given.cpus, 1, _MAX_CPUS), None),
+        debug_level=values.take(lambda: _number("debug_level", debug), None) or 0,
+        memory_mib=values.take(lambda: _number("memory_mib", given.memory), None),
+        cpus=values.take(lambda: _number("cpus", given.cpus), None),
         network=given.network,
         root_label=root_label if fs_type else None,
         fs_type=fs_type or _DEFAULT_FS_TYPE,
@@ -129,7 +137,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         extra_packages=tuple(_comma_list(",".join(given.extra_packages))),
         skip_base=given.skip_base,
         install_type=values.take(
-            lambda: _choice("install type", given.install_type, _INSTALL_TYPES, "source"), "source"
+            lambda: _choice("install type", given.install_type, INSTALL_TYPES, "source"), "source"
         ),
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
@@ -141,14 +149,6 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
     )
 
 
-def host_arch() -> str:
-    """This host's architecture in Debian's words, as DIB derives ARCH (contract section 1.5)."""
-    machine = platform.machine()
-    if machine.startswith("armv"):
-        return "armhf"
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
-
-
 def _answer(given: Given) -> str | None:
     if given.help:
         return build_parser().format_help()
@@ -158,8 +158,12 @@ def _answer(given: Given) -> str | None:
     return f"{PROG} {__version__}\n" if given.version else None
 
 
-def _elements(names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
+def _target(text: str | None) -> Target | None:
+    return None if text is None else parse_target(text)
+
+
+def _elements(names: Sequence[str], *, needed: bool) -> tuple[str, ...]:
+    if not names and needed:
         raise UsageError(
             "no element named",
             hint=f"name at least an operating system, such as: {PROG} --name debian debian-minimal vm",
@@ -174,12 +178,7 @@ def _name(text: str | None) -> tuple[Path, str]:
     if text is None:
         return Path(), _DEFAULT_NAME
     directory, base = os.path.split(text)
-    if not base.isprintable() or base in ("", ".", "..") or base.startswith("-"):
-        raise UsageError(
-            f"cannot use '{text}' as the name of the image",
-            hint="give a file name that is not empty, '.' or '..', does not begin with '-' "
-            "and has no control characters; a directory may stand before it",
-        )
+    check_name(base, text)
     if "\0" in directory or not Path(directory).is_dir():
         raise UsageError(
             f"cannot write '{text}': '{directory}' is not a directory",
@@ -203,15 +202,7 @@ def _variables(items: Sequence[str], environ: Mapping[str, str]) -> dict[str, st
 
 def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
     name, equals, value = item.partition("=")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise UsageError(
-            f"cannot use '{name}' as the name of a variable in --envvar",
-            hint="give NAME or NAME=VALUE, the name of letters, digits and underscores, no digit first",
-        )
-    if name in _VARIABLES_OF_BASH:
-        raise UsageError(f"cannot set the variable '{name}' for elements: it is bash's own and read-only")
-    if "\0" in value:
-        raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")
+    check_variable(name, value)
     return name, value if equals else environ.get(name)
 
 
@@ -245,8 +236,7 @@ def _label(text: str | None, fs_type: str) -> str | None:
 def _arch(text: str | None) -> str:
     if text is None:
         return host_arch()
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
-        raise UsageError(f"cannot use '{text}' as an architecture", hint="give a name such as amd64 or arm64")
+    check_arch(text)
     return text
 
 
@@ -276,9 +266,10 @@ def _choice(what: str, text: str | None, known: Sequence[str], default: str) -> 
     )
 
 
-def _number(what: str, text: str | None, least: int, most: int) -> int | None:
+def _number(field: str, text: str | None) -> int | None:
     if text is None:
         return None
+    what, least, most = NUMBERS[field]
     # ASCII digits alone, few enough for int(): it would take '1_000' and other scripts' digits too.
     number = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
     if not least <= number <= most:

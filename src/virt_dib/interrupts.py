@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that end a build: once, and never in the middle of tidying up.
+"""What ends a build from outside, once, and never in the middle of tidying up: signals, and its caller.
 
 Python raises an exception for a signal between any two instructions, also in a ``finally``. What must be
-undone whole stands in a :func:`shielded` block; a signal that comes in it is raised at its end.
+undone whole stands in a :func:`shielded` block; a signal that comes in it is raised at its end. A caller that
+cancels is heard where the build waits, which calls :func:`check_cancelled`.
 """
 
 from __future__ import annotations
@@ -15,26 +16,49 @@ from types import FrameType
 
 from virt_dib.errors import Interrupted
 
+CHECK_INTERVAL_S = 0.5
+"""How long a build may wait for something without a look whether it is cancelled."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class _State:
-    """Of the main thread, the only one that Python runs handlers in."""
+class Cancellation:
+    """Ends the build it was given to; may be used from any thread, from a listener and from a signal handler."""
+
+    def __init__(self) -> None:
+        self._wanted = threading.Event()
+
+    def cancel(self) -> None:
+        """Have the build end with :class:`virt_dib.errors.Interrupted`, soon. It is too late once it has its files."""
+        self._wanted.set()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether :meth:`cancel` was called."""
+        return self._wanted.is_set()
+
+
+class _State(threading.local):
+    """Of one thread. Signals reach the main thread alone: Python runs handlers in no other."""
 
     depth = 0
     came = False
     raised = False
+    cancellation: Cancellation | None = None
+
+
+_state = _State()
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    _State.came = True
-    if _State.depth == 0:
+    _state.came = True
+    if _state.depth == 0:
         _raise_once()
 
 
 def _raise_once() -> None:
-    if not _State.raised:
-        _State.raised = True
+    if not _state.raised:
+        _state.raised = True
         raise Interrupted
 
 
@@ -47,7 +71,7 @@ def interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.came = _State.raised = False
+    _state.came = _state.raised = False
     with contextlib.ExitStack() as restored:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -56,15 +80,32 @@ def interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cancellable(cancellation: Cancellation | None) -> Iterator[None]:
+    """Let *cancellation* end what this thread does in the block, at its next :func:`check_cancelled`."""
+    before, _state.cancellation = _state.cancellation, cancellation
+    try:
+        check_cancelled()
+        yield
+    finally:
+        _state.cancellation = before
+
+
+def check_cancelled() -> None:
+    """Raise :class:`Interrupted` when the work of this thread was cancelled: once, and not in a shielded block."""
+    cancellation = _state.cancellation
+    if cancellation is not None and cancellation.wanted and _state.depth == 0:
+        # What is undone now waits for things, too.
+        _state.cancellation = None
+        raise Interrupted
+
+
+@contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """Put off :class:`Interrupted` to the end of the block; for work that is short and must not stay half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _State.depth += 1
+    _state.depth += 1
     try:
         yield
     finally:
-        _State.depth -= 1
-        if _State.depth == 0 and _State.came:
+        _state.depth -= 1
+        if _state.depth == 0 and _state.came:
             _raise_once()

@@ -25,6 +25,7 @@ from typing import IO, Protocol
 
 from virt_dib import tools
 from virt_dib.errors import ToolError, UsageError
+from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled
 from virt_dib.monitor import printable
 
 DEVICE = Path("/dev/kvm")
@@ -185,8 +186,9 @@ def read_console(stream: IO[bytes] | None, *, until_s: float) -> Iterator[bytes]
     poll = select.poll()
     poll.register(stream, select.POLLIN)
     while (left_s := until_s - time.monotonic()) > 0:
-        if not poll.poll(left_s * 1000):
-            return
+        check_cancelled()
+        if not poll.poll(min(left_s, CHECK_INTERVAL_S) * 1000):
+            continue
         data = os.read(stream.fileno(), _PIPE_BYTES)
         if not data:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user sees of a build: the log file, lines on standard output, a status line on a terminal.
+"""One build followed: its log, its events, and the lines and the status line that a user sees.
 
 What scripts print is hostile. The log gets it byte for byte; a terminal gets only what
 :class:`Sanitiser` lets through.
@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TextIO, final
+from typing import TextIO, final
 
+from virt_dib import events
 from virt_dib.errors import Interrupted, ToolError, VirtDibError
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
+from virt_dib.spec import BuildSpec, Phase
 from virt_dib.terminal import AUTOMATIC, Style, coloured, is_terminal, terminal_columns
 
 _TAIL_BYTES = 64 * 1024
@@ -28,32 +30,8 @@ _TAIL_COLUMNS = 500
 _STATUS_INTERVAL_S = 0.2
 _STOP_TIMEOUT_S = 1.0
 _INDENT = len("[   0.0] ")
+_PHASES = frozenset(phase.directory for phase in Phase)
 _GREEN, _YELLOW, _BOLD = "32", "33", "1"
-
-
-class Monitor(Protocol):
-    """Follows a build. What it is told may hold anything the guest printed."""
-
-    def message(self, text: str) -> None:
-        """Show something virt-dib itself has to say, once."""
-
-    def warning(self, text: str) -> None:
-        """As message, for what the user should look at."""
-
-    def phase_started(self, title: str, scripts: Sequence[str]) -> None:
-        """Take the start of a phase or a step; *scripts* are the names known now, more may come."""
-
-    def script_started(self, name: str) -> None:
-        """Take the start of a script of the phase."""
-
-    def output(self, data: bytes) -> None:
-        """Take some of what the script or step prints, cut anywhere."""
-
-    def script_finished(self, result: ScriptResult) -> None:
-        """Take the end of the script, however it went."""
-
-    def phase_finished(self, result: PhaseResult) -> None:
-        """Take the end of the phase or step."""
 
 
 # ---- text that does no harm ----
@@ -153,7 +131,8 @@ def write_out(stream: TextIO, text: str) -> bool:
     return True
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """*text* made safe for a terminal, in one line."""
     return printable(text).replace("\n", " ").replace("\t", " ")
 
 
@@ -273,43 +252,27 @@ class _Screen:
 
 @final
 class BuildMonitor:
-    """The monitor of the command line, and the owner of the log; a context manager.
+    """Follows one build: writes its log, remembers where it is, and tells *listener* what happens.
 
-    The log gets everything. *stream* gets our lines and the scripts' output as it comes, with
-    *verbose* the time of each script too, with *quiet* only warnings. Methods may be called from
-    any thread.
+    The log gets everything. A context manager: however the block ends, the listener is told. Methods may be called
+    from any thread.
     """
 
-    def __init__(
-        self,
-        *,
-        log_path: Path,
-        stream: TextIO,
-        quiet: bool,
-        verbose: bool,
-        total_phases: int,
-        style: Style = AUTOMATIC,
-    ) -> None:
-        self._log_path = log_path
-        self._screen = _Screen(stream, style)
-        self._quiet = quiet
-        self._verbose = verbose
-        self._total_phases = total_phases
-        self._begun = time.monotonic()
-        self._lock = threading.RLock()
+    def __init__(self, listener: events.Listener = events.ignore) -> None:
+        self._teller = events.Teller(listener)
+        self._name = ""
+        self._total = 0
         self._log: _Log | None = None
-        self._sanitiser = Sanitiser()
+        self._log_path: Path | None = None
         self._tail = b""
         self._line_number = 1
         self._phase, self._phase_number = "", 0
         self._scripts: Sequence[str] = ()
         self._script, self._script_number = "", 0
-        self._stopping = threading.Event()
-        self._redrawing: threading.Thread | None = None
 
     @property
-    def log_path(self) -> Path:
-        """The log of this build."""
+    def log_path(self) -> Path | None:
+        """The log of this build, once there is one."""
         return self._log_path
 
     @property
@@ -317,13 +280,257 @@ class BuildMonitor:
         """The line of the log where the output of the current script or step starts, from 1."""
         return self._line_number
 
-    def __enter__(self) -> BuildMonitor:
-        """Open the log.
+    @property
+    def elapsed_s(self) -> float:
+        """Since the build began."""
+        return self._teller.elapsed_s
+
+    # ---- the build ----
+
+    @contextlib.contextmanager
+    def following(self, spec: BuildSpec) -> Iterator[None]:
+        """Tell that a build has started, and if the block ends with an exception that it has failed, and why."""
+        self._name = spec.name
+        self._teller.tell(
+            events.BuildStarted(
+                name=spec.name, output_dir=spec.output_dir, elements=spec.elements, formats=spec.formats
+            )
+        )
+        try:
+            yield
+        except BaseException as error:
+            # A listener that raises once more must not hide the reason.
+            with contextlib.suppress(Exception):
+                self._failed(error)
+            raise
+
+    @contextlib.contextmanager
+    def logging(self, path: Path) -> Iterator[None]:
+        """Open the log *path*; close it with the error that ended the block as its last lines.
 
         Raises:
             ToolError: it cannot be created; an earlier one is as it was.
         """
-        self._log = _Log(self._log_path)
+        self._log, self._log_path = _Log(path), path
+        last_words: Sequence[str] = ()
+        try:
+            yield
+        except BaseException as error:
+            last_words = tuple(_last_words(error))
+            raise
+        finally:
+            with self._teller.lock, contextlib.suppress(VirtDibError):
+                for text in last_words:
+                    self._write_line(text)
+            self._log.close()
+
+    def planned(self, elements: Sequence[str], total: int) -> None:
+        """Take what was decided: all *elements*, and how many phases and steps there will be, about."""
+        self._total = total
+        if self._log_path is None:
+            raise AssertionError
+        self._teller.tell(events.BuildPlanned(elements=tuple(elements), log_path=self._log_path, total=total))
+
+    def finished(self, report: BuildReport) -> None:
+        """Take the end of the build."""
+        for artifact in report.artifacts:
+            self._teller.tell(events.ArtifactMade(artifact=artifact))
+        self._teller.tell(
+            events.BuildFinished(name=report.name, artifacts=tuple(report.artifacts), seconds=report.seconds)
+        )
+
+    def tail(self, lines: int = 20) -> tuple[str, ...]:
+        """The last *lines* the current script or step printed, safe to show, each cut to 500 characters."""
+        sanitiser = Sanitiser()
+        with self._teller.lock:
+            kept = self._tail
+        found = (sanitiser.feed(kept) + sanitiser.finish()).split("\n")
+        if len(kept) == _TAIL_BYTES and len(found) > 1:
+            del found[0]  # its beginning is not there
+        if found and not found[-1]:
+            del found[-1]
+        cut = [line if len(line) <= _TAIL_COLUMNS else line[: _TAIL_COLUMNS - 1] + "…" for line in found]
+        return tuple(cut[-lines:]) if lines > 0 else ()
+
+    # ---- what happens in it ----
+
+    def message(self, text: str) -> None:
+        """Take something virt-dib itself has to say, once."""
+        self._say(events.Message(text=text))
+
+    def warning(self, text: str) -> None:
+        """As message, for what the user should look at."""
+        self._say(events.Warned(text=text))
+
+    def debug(self, text: str) -> None:
+        """Take what libguestfs says when it is asked to."""
+        self._say(events.Debugged(text=text))
+
+    def phase_started(self, title: str, scripts: Sequence[str]) -> None:
+        """Take the start of a phase or a step; *scripts* are the names known now, more may come."""
+        with self._teller.lock:
+            self._phase, self._phase_number = title, self._phase_number + 1
+            self._total = max(self._total, self._phase_number)
+            self._scripts = tuple(scripts)
+            self._script, self._script_number = "", 0
+            if not scripts:
+                self._write_line(title)
+            self._begin_output()
+            self._teller.tell(
+                events.PhaseStarted(
+                    title=title,
+                    step=title not in _PHASES,
+                    number=self._phase_number,
+                    total=self._total,
+                    scripts=self._scripts,
+                    log_line=self._line_number,
+                )
+            )
+
+    def script_started(self, name: str, element: str | None = None) -> None:
+        """Take the start of a script of the phase."""
+        with self._teller.lock:
+            self._script, self._script_number = name, self._script_number + 1
+            self._write_line(f"{self._phase}/{name}")
+            self._begin_output()
+            self._teller.tell(
+                events.ScriptStarted(
+                    phase=self._phase,
+                    name=name,
+                    element=element,
+                    number=self._script_number,
+                    total=max(len(self._scripts), self._script_number),
+                    log_line=self._line_number,
+                )
+            )
+
+    def output(self, data: bytes) -> None:
+        """Take some of what the script or step prints, cut anywhere; it is logged as it is.
+
+        Raises:
+            ToolError: the log cannot be written.
+        """
+        with self._teller.lock:
+            self._tail = (self._tail + data[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+            if self._log is not None:
+                self._log.write(data)
+            self._teller.tell(events.Output(data=data))
+
+    def script_finished(self, result: ScriptResult) -> None:
+        """Take the end of the script, however it went; the error of one that failed is not ours to tell."""
+        with self._teller.lock:
+            if result.exit_status == 0:
+                self._script = ""
+            self._say(
+                events.ScriptFinished(
+                    phase=result.phase.directory,
+                    name=result.name,
+                    element=result.element,
+                    number=self._script_number,
+                    total=max(len(self._scripts), self._script_number),
+                    exit_status=result.exit_status,
+                    seconds=result.seconds,
+                    log_line=self._line_number,
+                )
+            )
+
+    def phase_finished(self, result: PhaseResult) -> None:
+        """Take the end of the phase or step."""
+        with self._teller.lock:
+            self._phase = self._script = ""
+            self._say(
+                events.PhaseFinished(
+                    title=result.title, number=self._phase_number, total=self._total, seconds=result.seconds
+                )
+            )
+
+    # ---- inside ----
+
+    def _say(self, event: events.Event) -> None:
+        with self._teller.lock, self._teller.raising_in_its_thread():
+            for text in _own_lines(event):
+                self._write_line(text)
+            self._teller.tell(event)
+
+    def _write_line(self, text: str) -> None:
+        if self._log is not None:
+            self._log.write_line(_with_time(self.elapsed_s, text))
+
+    def _begin_output(self) -> None:
+        self._tail = b""
+        self._line_number = (self._log.newlines if self._log is not None else 0) + 1
+
+    def _failed(self, error: BaseException) -> None:
+        if isinstance(error, VirtDibError):
+            for problem in error.problems:
+                self._teller.tell(events.ErrorFound(text=problem.message, hint=problem.hint, details=problem.details))
+        interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
+        if not interrupted and not isinstance(error, VirtDibError):
+            self._teller.tell(events.ErrorFound(text="; ".join(_last_words(error)), hint=None, details=()))
+        self._teller.tell(
+            events.BuildFailed(
+                name=self._name,
+                interrupted=interrupted,
+                exit_status=Interrupted.exit_status if interrupted else getattr(error, "exit_status", 1),
+                phase=self._phase or None,
+                script=self._script or None,
+                log_path=self._log_path,
+                log_line=self._line_number if self._log_path is not None else None,
+                seconds=self.elapsed_s,
+            )
+        )
+
+
+def _own_lines(event: events.Event) -> list[str]:
+    """The lines of ours that tell about *event*; a name never makes two of one."""
+    text = event.line or ""
+    several = isinstance(event, (events.Message, events.Debugged))
+    return [line for line in printable(text).split("\n") if line.strip()] if several else [text]
+
+
+def _with_time(elapsed_s: float, text: str) -> str:
+    """As the virt tools begin their lines."""
+    return f"[{elapsed_s:6.1f}] {one_line(text)}"
+
+
+def _last_words(exception: BaseException) -> Iterator[str]:
+    if isinstance(exception, VirtDibError):
+        for problem in exception.problems:
+            yield f"error: {problem.message}"
+    elif isinstance(exception, (Interrupted, KeyboardInterrupt)):
+        yield "interrupted"
+    else:
+        yield f"stopped by {type(exception).__name__}: {exception}"
+
+
+# ---- the display ----
+
+_BORDERS = (events.PhaseStarted, events.ScriptStarted, events.ScriptFinished, events.PhaseFinished)
+"""What comes between the outputs of two scripts."""
+
+
+@final
+class Display:
+    """Shows a build to people on *stream*, as a listener to its events; a context manager.
+
+    Our lines and the scripts' output as it comes; with *verbose* the time of each script too, with *quiet* only
+    warnings, and what libguestfs was asked to tell. On a terminal there is a status line below.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, verbose: bool = False, style: Style = AUTOMATIC) -> None:
+        self._screen = _Screen(stream, style)
+        self._quiet = quiet
+        self._verbose = verbose and not quiet
+        self._begun = time.monotonic()
+        self._lock = threading.RLock()
+        self._sanitiser = Sanitiser()
+        self._phase: events.PhaseStarted | None = None
+        self._script: events.ScriptStarted | None = None
+        self._stopping = threading.Event()
+        self._redrawing: threading.Thread | None = None
+
+    def __enter__(self) -> Display:
+        """Begin to draw the status line."""
         if self._screen.is_terminal and not self._quiet:
             self._redrawing = threading.Thread(target=self._redraw, name="status line", daemon=True)
             self._redrawing.start()
@@ -335,7 +542,7 @@ class BuildMonitor:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the log, with the error that ended the build as its last lines."""
+        """Leave the terminal as if there had been no status line."""
         self._stopping.set()
         if self._redrawing is not None:
             # A terminal that is held (Ctrl-S) may keep it; it is not worth waiting for.
@@ -343,103 +550,37 @@ class BuildMonitor:
         with self._lock:
             self._end_output()
             self._screen.clear_status()
-            with contextlib.suppress(VirtDibError):
-                for text in _last_words(exception):
-                    self._say(text, shown=False)
-            if self._log is not None:
-                self._log.close()
 
-    def tail(self, lines: int = 20) -> tuple[str, ...]:
-        """The last *lines* the current script or step printed, safe to show, each cut to 500 characters."""
-        sanitiser = Sanitiser()
+    def __call__(self, event: events.Event) -> None:
+        """Take *event*. The error of a build that fails is not for here."""
         with self._lock:
-            kept = self._tail
-        found = (sanitiser.feed(kept) + sanitiser.finish()).split("\n")
-        if len(kept) == _TAIL_BYTES and len(found) > 1:
-            del found[0]  # its beginning is not there
-        if found and not found[-1]:
-            del found[-1]
-        cut = [line if len(line) <= _TAIL_COLUMNS else line[: _TAIL_COLUMNS - 1] + "…" for line in found]
-        return tuple(cut[-lines:]) if lines > 0 else ()
+            if isinstance(event, events.Output):
+                if not self._quiet:
+                    self._screen.write(self._sanitiser.feed(event.data))
+                return
+            if isinstance(event, _BORDERS):
+                self._end_output()
+            if isinstance(event, events.PhaseStarted):
+                self._phase, self._script = event, None
+            elif isinstance(event, events.ScriptStarted):
+                self._script = event
+            elif isinstance(event, events.PhaseFinished):
+                self._script = None
+            if self._wants(event):
+                colour = _YELLOW if isinstance(event, events.Warned) else _GREEN
+                for text in _own_lines(event):
+                    self._screen.write_line(_with_time(event.elapsed_s, text), colour)
 
-    # ---- Monitor ----
-
-    def message(self, text: str) -> None:
-        """Show and log *text*, each line of it as one of ours."""
-        with self._lock:
-            for line in printable(text).split("\n"):
-                if line.strip():
-                    self._say(line)
-
-    def warning(self, text: str) -> None:
-        """Show, even when quiet, and log *text*."""
-        with self._lock:
-            self._say(f"warning: {text}", shown=True, colour=_YELLOW)
-
-    def phase_started(self, title: str, scripts: Sequence[str]) -> None:
-        """Begin a phase. Its own line is left out when those of its scripts follow at once."""
-        with self._lock:
-            self._end_output()
-            self._phase, self._phase_number = title, self._phase_number + 1
-            self._scripts = tuple(scripts)
-            self._script, self._script_number = "", 0
-            if not scripts:
-                self._say(title)
-            self._begin_output()
-
-    def script_started(self, name: str) -> None:
-        """Begin a script."""
-        with self._lock:
-            self._end_output()
-            self._script, self._script_number = name, self._script_number + 1
-            self._say(f"{self._phase}/{name}")
-            self._begin_output()
-
-    def output(self, data: bytes) -> None:
-        """Log *data* as it is and show what of it is safe.
-
-        Raises:
-            ToolError: the log cannot be written.
-        """
-        with self._lock:
-            self._tail = (self._tail + data[-_TAIL_BYTES:])[-_TAIL_BYTES:]
-            if not self._quiet:
-                self._screen.write(self._sanitiser.feed(data))
-            if self._log is not None:
-                self._log.write(data)
-
-    def script_finished(self, result: ScriptResult) -> None:
-        """Log how the script ended; the error of one that failed is not ours to show."""
-        how = "done" if result.exit_status == 0 else f"failed with exit status {result.exit_status}"
-        if result.signal_name:
-            how = f"{how} ({result.signal_name})"
-        with self._lock:
-            self._end_output()
-            self._say(f"{result.phase.directory}/{result.name} {how} after {result.seconds:.1f} s", shown=self._loud)
-
-    def phase_finished(self, result: PhaseResult) -> None:
-        """Log how long the phase took."""
-        with self._lock:
-            self._end_output()
-            self._script = ""
-            self._say(f"{result.title} done after {result.seconds:.1f} s", shown=self._loud)
-
-    # ---- inside ----
-
-    @property
-    def _loud(self) -> bool:
-        return self._verbose and not self._quiet
-
-    def _say(self, text: str, *, shown: bool | None = None, colour: str = _GREEN) -> None:
-        line = f"[{time.monotonic() - self._begun:6.1f}] {_one_line(text)}"
-        if shown if shown is not None else not self._quiet:
-            self._screen.write_line(line, colour)
-        if self._log is not None:
-            self._log.write_line(line)
-
-    def _begin_output(self) -> None:
-        self._tail = b""
-        self._line_number = (self._log.newlines if self._log is not None else 0) + 1
+    def _wants(self, event: events.Event) -> bool:
+        """Whether *event* is shown as a line of ours."""
+        if isinstance(event, (events.Warned, events.Debugged)):
+            return True
+        if isinstance(event, (events.ScriptFinished, events.PhaseFinished)):
+            return self._verbose
+        if isinstance(event, events.PhaseStarted):
+            # The lines of its scripts follow at once.
+            return not self._quiet and not event.scripts
+        return not self._quiet and isinstance(event, (events.Message, events.ScriptStarted))
 
     def _end_output(self) -> None:
         rest = self._sanitiser.finish()
@@ -450,25 +591,14 @@ class BuildMonitor:
         """Keep the status line alive; drawn from here alone, so never more often than this loop turns."""
         while not self._stopping.wait(_STATUS_INTERVAL_S):
             with self._lock:
-                if self._phase_number and not self._stopping.is_set():
-                    self._screen.show_status(*self._status())
+                if self._phase is not None and not self._stopping.is_set():
+                    self._screen.show_status(*self._status(self._phase))
 
-    def _status(self) -> tuple[str, str]:
-        position = f"[{self._phase_number}/{max(self._total_phases, self._phase_number)}] {_one_line(self._phase)}"
-        if self._script:
-            count = max(len(self._scripts), self._script_number)
-            position += f"  {self._script_number}/{count} {_one_line(self._script)}"
+    def _status(self, phase: events.PhaseStarted) -> tuple[str, str]:
+        position = f"[{phase.number}/{phase.total}] {one_line(phase.title)}"
+        if self._script is not None:
+            position += f"  {self._script.number}/{self._script.total} {one_line(self._script.name)}"
         return position, _clock(time.monotonic() - self._begun)
-
-
-def _last_words(exception: BaseException | None) -> Iterator[str]:
-    if isinstance(exception, VirtDibError):
-        for problem in exception.problems:
-            yield f"error: {problem.message}"
-    elif isinstance(exception, (Interrupted, KeyboardInterrupt)):
-        yield "interrupted"
-    elif exception is not None:
-        yield f"stopped by {type(exception).__name__}: {exception}"
 
 
 def _clock(seconds: float) -> str:
@@ -484,8 +614,8 @@ def summary(report: BuildReport) -> str:
     """The table of phases and scripts with their seconds, then a line for each artifact; ends with a newline."""
     rows: list[tuple[str, str]] = []
     for phase in report.phases:
-        rows.append((_one_line(phase.title), f"{phase.seconds:.1f}"))
-        rows += [(f"  {_one_line(script.name)}", f"{script.seconds:.1f}") for script in phase.scripts]
+        rows.append((one_line(phase.title), f"{phase.seconds:.1f}"))
+        rows += [(f"  {one_line(script.name)}", f"{script.seconds:.1f}") for script in phase.scripts]
     rows.append(("total", f"{report.seconds:.1f}"))
     table = _aligned([("phase and script", "seconds"), *rows], right=1)
     files = _aligned([_artifact_row(artifact) for artifact in report.artifacts], right=None)
@@ -509,7 +639,7 @@ def _artifact_row(artifact: Artifact) -> tuple[str, str, str]:
     name = f"{path}/" if artifact.format == "directory" else str(path)
     virtual = artifact.virtual_bytes
     note = "" if virtual is None else f"(virtual size {size_text(virtual)})"
-    return _one_line(name), size_text(artifact.allocated_bytes), note
+    return one_line(name), size_text(artifact.allocated_bytes), note
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, right: int | None) -> list[str]:

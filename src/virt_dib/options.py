@@ -38,6 +38,7 @@ class Takes(enum.Enum):
     NOTHING = "sets its destination to True"
     REFUSAL = "sets its destination to False"
     VALUE = "the last one counts"
+    VALUE_OR_NOTHING = "as VALUE, but it is written with '=' or not at all"
     VALUES = "all are kept"
 
 
@@ -50,6 +51,8 @@ class Option:
     takes: Takes
     metavar: str | None
     help: str
+    implied: str = ""
+    """The value of one that may be written without."""
 
     @property
     def wants_value(self) -> bool:
@@ -132,6 +135,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
     ),
     "messages": (
+        Option(
+            ("--machine-readable",), "machine_readable", Takes.VALUE_OR_NOTHING, "FORMAT",
+            "tell what happens as lines of JSON, on standard output or where =FORMAT says: file:NAME, "
+            "stream:stdout, stream:stderr, fd:NUMBER; without elements, print what this virt-dib can do",
+            implied="stream:stdout",
+        ),
         _flag("-q --quiet", "quiet", "print only warnings and errors"),
         _flag("-v --verbose", "verbose", "print the time of each script and libguestfs's debugging messages"),
         _flag("-x", "trace", "trace libguestfs calls"),
@@ -212,6 +221,7 @@ class Given:
     image_cache: str | None = None
     kvm: str | None = None
     isolation: str | None = None
+    machine_readable: str | None = None
     quiet: bool = False
     verbose: bool = False
     trace: bool = False
@@ -227,7 +237,7 @@ class Given:
         """Keep one option of the command line."""
         if option.takes is Takes.VALUES:
             getattr(self, option.dest).append(value)
-        elif option.takes is Takes.VALUE:
+        elif option.takes in (Takes.VALUE, Takes.VALUE_OR_NOTHING):
             setattr(self, option.dest, value)
         else:
             setattr(self, option.dest, option.takes is Takes.NOTHING)
@@ -251,10 +261,11 @@ def build_parser() -> argparse.ArgumentParser:
         if title == "elements":
             group.add_argument("elements", nargs="*", metavar="ELEMENT", help="such as debian-minimal, vm")
         for option in options:
-            if option.wants_value:
-                group.add_argument(*option.names, dest=option.dest, metavar=option.metavar, help=option.help)
+            if option.metavar is not None:
+                nargs = "?" if option.takes is Takes.VALUE_OR_NOTHING else None
+                group.add_argument(*option.names, nargs=nargs, metavar=option.metavar, help=option.help)
             else:
-                group.add_argument(*option.names, dest=option.dest, action="store_true", help=option.help)
+                group.add_argument(*option.names, action="store_true", help=option.help)
     return parser
 
 
@@ -313,6 +324,9 @@ class _Words:
             self._unknown(name, has_value=bool(equals))
         elif BY_NAME[candidates[0]].wants_value:
             self._with_value(candidates[0], value if equals else None)
+        elif BY_NAME[candidates[0]].takes is Takes.VALUE_OR_NOTHING:
+            option = BY_NAME[candidates[0]]
+            self.given.take(option, value if equals else option.implied)
         elif equals:
             self.problems.append(Problem(f"option '{candidates[0]}' takes no value, not '{value}'"))
         else:

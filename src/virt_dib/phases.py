@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -103,7 +104,7 @@ class _PhaseScripts:
             self._monitor.phase_started(self._phase.directory, words)
         elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
             self._running = (words[0], _seconds(words[1]))
-            self._monitor.script_started(words[0])
+            self._monitor.script_started(words[0], self._element(words[0]))
         elif event.name == "end" and len(words) == 3 and self._running:  # noqa: PLR2004 - NAME STATUS SECONDS
             name, begun = self._running
             self._running = None
@@ -111,13 +112,16 @@ class _PhaseScripts:
             result = ScriptResult(
                 phase=self._phase,
                 name=name,
-                element=self._owners.get(f"{self._phase.directory}/{name}"),
+                element=self._element(name),
                 exit_status=status,
                 seconds=max(0.0, _seconds(words[2]) - begun),
             )
             if len(self.results) < _MOST_RESULTS or status != 0:
                 self.results = [*self.results[:_MOST_RESULTS], result]
             self._monitor.script_finished(result)
+
+    def _element(self, script: str) -> str | None:
+        return self._owners.get(f"{self._phase.directory}/{script}")
 
     def end(self, exit_status: int) -> None:
         """Take the status of the whole phase.
@@ -151,10 +155,12 @@ class _PhaseScripts:
 
 
 def _seconds(text: str) -> float:
+    """The seconds that a guest tells, which may say 'nan'."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
         return 0.0
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def _where(monitor: BuildMonitor) -> str:

@@ -21,7 +21,7 @@ from virt_dib.formats import DiskFormat
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
-from virt_dib.spec import BuildSpec, check_label
+from virt_dib.spec import BuildSpec, check_label, check_spec, check_texts
 from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
@@ -62,6 +62,7 @@ def make_plan(
     Raises:
         VirtDibError: all that is wrong, *problems* that were found before first.
     """
+    check_texts(spec)
     environ = dict(os.environ if host_environment is None else host_environment)
     found = _Findings(problems)
     if in_sandbox:
@@ -71,6 +72,7 @@ def make_plan(
 
 
 def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> BuildPlan:
+    found.tell(lambda: check_spec(spec))
     found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))

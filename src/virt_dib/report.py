@@ -13,6 +13,14 @@ from virt_dib.spec import Phase
 _SIGNAL_BASE = 128
 
 
+def signal_name(exit_status: int) -> str | None:
+    """``SIGKILL`` and the like when *exit_status*, as bash counts it, is that of a signal."""
+    try:
+        return signal.Signals(exit_status - _SIGNAL_BASE).name
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScriptResult:
     """One script that ran."""
@@ -28,10 +36,7 @@ class ScriptResult:
     @property
     def signal_name(self) -> str | None:
         """``SIGKILL`` and the like when the status is that of a signal."""
-        try:
-            return signal.Signals(self.exit_status - _SIGNAL_BASE).name
-        except ValueError:
-            return None
+        return signal_name(self.exit_status)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ from typing import IO
 from virt_dib import environment as contract
 from virt_dib import staging, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
-from virt_dib.interrupts import shielded
+from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
 from virt_dib.layout import Part
 from virt_dib.namespaces import (
@@ -332,7 +332,8 @@ class Sandbox:
         """Pass on what the job prints until it ends; return its status."""
         sources: list[IO[bytes] | socket.socket] = [self._inside.socket, pipe]
         while True:
-            ready = select.select(sources, [], [])[0]
+            ready = select.select(sources, [], [], CHECK_INTERVAL_S)[0]
+            check_cancelled()
             if pipe in ready:
                 data = pipe.read(_CHUNK_BYTES)
                 if data:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import enum
+import functools
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from virt_dib.errors import UsageError
+from virt_dib.errors import Problem, UsageError
 
 
 class Where(enum.Enum):
@@ -71,9 +73,26 @@ DEFAULT_SIZE_BYTES = 5 * 1024**3
 """``--size`` when it is not given (manual, option --size)."""
 
 
+INSTALL_TYPES = ("source", "package")
+NUMBERS = {
+    "debug_level": ("debug level", 0, 1000),
+    "memory_mib": ("memory size in MB", 256, 1 << 24),
+    "cpus": ("number of processors", 1, 255),
+}
+"""Fields of BuildSpec: what they are called, the least and the most they may be."""
+
+
+def host_arch() -> str:
+    """This host's architecture in Debian's words, as DIB derives ARCH (contract section 1.5)."""
+    machine = platform.machine()
+    if machine.startswith("armv"):
+        return "armhf"
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSpec:
-    """One image as asked for on the command line, checked value by value."""
+    """One image as asked for; the values of a command line have been checked, for others see :func:`check_spec`."""
 
     name: str
     """The image's name, without directory and suffix."""
@@ -87,7 +106,7 @@ class BuildSpec:
     formats: tuple[str, ...] = ("qcow2",)
     size_bytes: int | None = DEFAULT_SIZE_BYTES
     """Size of the image disk; None is ``--size auto``."""
-    arch: str = "amd64"
+    arch: str = field(default_factory=host_arch)
     variables: Mapping[str, str] = field(default_factory=dict)
     """``--envvar``, names and values as the elements are to see them."""
     debug_level: int = 0
@@ -120,6 +139,98 @@ LARGEST_DISK_BYTES = 2**60
 _LABEL = re.compile(r"""[!-~]+""")
 _NOT_IN_LABELS = frozenset("/'\"`\\,")
 """They would end or change the label in fstab, in bootloaders' files, in device paths."""
+_VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
+
+
+def check_texts(spec: BuildSpec) -> None:
+    """Refuse a NUL wherever one may be written, which the system's calls would not take.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for field_name in spec.__slots__:
+        value = getattr(spec, field_name)
+        texts = value if isinstance(value, (tuple, frozenset)) else (value,)
+        if any("\0" in str(text) for text in texts):
+            raise UsageError(f"cannot use the value of '{field_name}': there is a NUL in it")
+
+
+def check_spec(spec: BuildSpec) -> None:
+    """Refuse values that no command line lets through, which callers of the library may give.
+
+    Raises:
+        UsageError: all that are wrong; none of them has to do with other values or with this host.
+    """
+    problems = list(_problems(spec))
+    if problems:
+        raise UsageError.of(problems)
+
+
+def _problems(spec: BuildSpec) -> Iterator[Problem]:
+    checks = [functools.partial(check_name, spec.name), functools.partial(check_arch, spec.arch)]
+    checks += [functools.partial(check_variable, *variable) for variable in spec.variables.items()]
+    for check in checks:
+        try:
+            check()
+        except UsageError as error:
+            yield from error.problems
+    for field_name, (what, least, most) in NUMBERS.items():
+        number = getattr(spec, field_name)
+        if number is not None and not least <= number <= most:
+            yield Problem(f"cannot use '{number}' as the {what}", f"give a whole number from {least} to {most}")
+    if spec.size_bytes is not None and not 0 < spec.size_bytes <= LARGEST_DISK_BYTES:
+        yield Problem(
+            f"cannot use {spec.size_bytes} bytes as the size of the image", "give more than 0 and at most 1 EiB"
+        )
+    for what, value, known in (
+        ("file system", spec.fs_type, tuple(LABEL_LIMITS)),
+        ("install type", spec.install_type, INSTALL_TYPES),
+    ):
+        if value not in known:
+            yield Problem(f"unknown {what} '{value}'", f"choose from {', '.join(known)}")
+    if "" in (*spec.elements, *spec.extra_packages, *spec.excluded_elements, *spec.excluded_scripts):
+        yield Problem("cannot use an empty name of an element, package or script")
+
+
+def check_name(name: str, written: str | None = None) -> None:
+    """Refuse a name of the image that is no file name, or not a handy one; *written* is what messages show.
+
+    Raises:
+        UsageError: it is such a one.
+    """
+    if not name.isprintable() or name in ("", ".", "..") or name.startswith("-") or "/" in name:
+        raise UsageError(
+            f"cannot use '{name if written is None else written}' as the name of the image",
+            hint="give a file name that is not empty, '.' or '..', does not begin with '-' "
+            "and has no control characters; a directory may stand before it",
+        )
+
+
+def check_arch(arch: str) -> None:
+    """Refuse what cannot be an architecture.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", arch):
+        raise UsageError(f"cannot use '{arch}' as an architecture", hint="give a name such as amd64 or arm64")
+
+
+def check_variable(name: str, value: str) -> None:
+    """Refuse a variable for elements that bash could not have.
+
+    Raises:
+        UsageError: it is such a one.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise UsageError(
+            f"cannot use '{name}' as the name of a variable in --envvar",
+            hint="give NAME or NAME=VALUE, the name of letters, digits and underscores, no digit first",
+        )
+    if name in _VARIABLES_OF_BASH:
+        raise UsageError(f"cannot set the variable '{name}' for elements: it is bash's own and read-only")
+    if "\0" in value:
+        raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")
 
 
 def parse_size(text: str) -> int | None:

@@ -8,12 +8,14 @@ import os
 import shutil
 import signal
 import subprocess  # noqa: TID251 - the one importer
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib.errors import PrerequisiteError, ToolError
-from virt_dib.interrupts import shielded
+from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 
 TOGETHER = subprocess.STDOUT
 """For ``started``: standard error goes where standard output goes."""
@@ -111,10 +113,9 @@ def run(
             False) ends with another status than 0.
     """
     program = Path(os.fspath(command[0])).name
-    stdin_kind = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
-    with started(command, environment=environment, cwd=cwd, stdin=stdin_kind) as process:
+    with _input(stdin) as source, started(command, environment=environment, cwd=cwd, stdin=source) as process:
         try:
-            out, err = process.communicate(input=stdin, timeout=timeout_s)
+            out, err = _communicate(process, timeout_s)
         except subprocess.TimeoutExpired as error:
             raise ToolError(f"{doing}: '{program}' did not finish in {timeout_s:.0f} s") from error
     result = _result(process.returncode, out, err)
@@ -132,9 +133,34 @@ def run_together(commands: Mapping[str, Sequence[str | Path]]) -> None:
     with contextlib.ExitStack() as stack:
         running = {doing: stack.enter_context(started(command)) for doing, command in commands.items()}
         for doing, process in running.items():
-            out, err = process.communicate()
+            out, err = _communicate(process)
             program = Path(os.fspath(commands[doing][0])).name
             _check(_result(process.returncode, out, err), process.returncode, f"{doing}: '{program}'")
+
+
+@contextlib.contextmanager
+def _input(data: bytes | None) -> Iterator[int]:
+    """A descriptor to read *data* from. No pipe: Popen forgets about one when it has to wait twice."""
+    if data is None:
+        yield subprocess.DEVNULL
+        return
+    with tempfile.TemporaryFile() as stream:
+        stream.write(data)
+        stream.seek(0)
+        yield stream.fileno()
+
+
+def _communicate(process: subprocess.Popen[bytes], timeout_s: float | None = None) -> tuple[bytes, bytes]:
+    """As Popen.communicate, but with a look now and then whether the build is cancelled."""
+    until_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        left_s = CHECK_INTERVAL_S if until_s is None else until_s - time.monotonic()
+        try:
+            return process.communicate(timeout=max(0.0, min(left_s, CHECK_INTERVAL_S)))
+        except subprocess.TimeoutExpired:
+            if left_s <= CHECK_INTERVAL_S and until_s is not None:
+                raise
+            check_cancelled()
 
 
 def _result(code: int, out: bytes, err: bytes) -> Result:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""virt-dib as a library: all that is public, and stays as it is. docs/python-api.md shows how to use it.
+
+Names that are not here may change with any release.
+"""
+
+from virt_dib.builder import ImagePlan, RunOptions, build_image, plan_image
+from virt_dib.errors import (
+    ApplianceError,
+    ElementError,
+    Interrupted,
+    PrerequisiteError,
+    Problem,
+    ScriptError,
+    ToolError,
+    UsageError,
+    VirtDibError,
+)
+from virt_dib.events import (
+    ArtifactMade,
+    BuildFailed,
+    BuildFinished,
+    BuildPlanned,
+    BuildStarted,
+    Debugged,
+    ErrorFound,
+    Event,
+    Listener,
+    Message,
+    Output,
+    PhaseFinished,
+    PhaseStarted,
+    ScriptFinished,
+    ScriptStarted,
+    Warned,
+    to_all,
+)
+from virt_dib.hooks import Script
+from virt_dib.interrupts import Cancellation, interrupts
+from virt_dib.machine_readable import event_json
+from virt_dib.monitor import Display, summary
+from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
+from virt_dib.spec import BuildSpec, Isolation, Phase
+
+__all__ = [
+    "ApplianceError",
+    "Artifact",
+    "ArtifactMade",
+    "BuildFailed",
+    "BuildFinished",
+    "BuildPlanned",
+    "BuildReport",
+    "BuildSpec",
+    "BuildStarted",
+    "Cancellation",
+    "Debugged",
+    "Display",
+    "ElementError",
+    "ErrorFound",
+    "Event",
+    "ImagePlan",
+    "Interrupted",
+    "Isolation",
+    "Listener",
+    "Message",
+    "Output",
+    "Phase",
+    "PhaseFinished",
+    "PhaseResult",
+    "PhaseStarted",
+    "PrerequisiteError",
+    "Problem",
+    "RunOptions",
+    "Script",
+    "ScriptError",
+    "ScriptFinished",
+    "ScriptResult",
+    "ScriptStarted",
+    "ToolError",
+    "UsageError",
+    "VirtDibError",
+    "Warned",
+    "build_image",
+    "event_json",
+    "interrupts",
+    "plan_image",
+    "summary",
+    "to_all",
+]
