@@ -9,6 +9,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 SHELL_SCRIPTS := $(sort $(wildcard src/virt_dib/guest/*.sh)) $(sort $(wildcard scripts/*)) .ci/run
+GENERATED_FROM := $(wildcard docs/*.rst generate/*.py generate/templates/*)
 SOURCES := $(shell find src/virt_dib -name '*.py' -o -name '*.sh') scripts/demo scripts/mirrors
 
 .PHONY: help
@@ -18,7 +19,7 @@ help: ## say what there is
 .PHONY: setup
 setup: $(READY) ## install what is needed: packages, and .venv
 
-$(READY): requirements-dev.txt pyproject.toml scripts/setup
+$(READY): requirements-dev.txt pyproject.toml setup.py MANIFEST.in $(GENERATED_FROM) scripts/setup
 	@scripts/setup
 	@touch $@
 
@@ -39,6 +40,10 @@ demo-clean: ## remove what 'make demo' built
 
 .PHONY: test
 test: lint test-unit test-sandbox test-appliance ## lint, types, and all tests but the longest
+
+.PHONY: docs
+docs: $(READY) ## manual pages and HTML in build/share
+	@$(BIN)/python -m generate.share
 
 .PHONY: lint
 lint: $(READY) ## format, lint, types, shell scripts

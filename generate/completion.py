@@ -86,6 +86,8 @@ def _zsh_options() -> Iterator[str]:
 
 def _zsh_value_mark(name: str, option: Option) -> str:
     """The value may stand in the same word: after ``=``, or at once."""
+    if option.takes is Takes.VALUE_OR_NOTHING:
+        return "=-"
     if not option.wants_value:
         return ""
     return "=" if name.startswith("--") else "+"
@@ -93,6 +95,8 @@ def _zsh_value_mark(name: str, option: Option) -> str:
 
 def _zsh_tail(option: Option) -> str:
     text = re.sub(r"([\[\]:\\])", r"\\\1", _brief(option))
+    if option.takes is Takes.VALUE_OR_NOTHING:
+        return f"[{text}]::{option.metavar}:"
     if not option.wants_value:
         return f"[{text}]"
     offer = OFFERS.get(option.dest, ())

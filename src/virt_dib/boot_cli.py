@@ -25,11 +25,12 @@ _MEMORY_DIGITS = 7
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     return report_errors(_PROG, lambda: _test(options))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options, for those who compare them with the manual too."""
     parser = argparse.ArgumentParser(
         prog=_PROG,
         description="Start a disk image in a virtual machine, without changing the image and without a network, "

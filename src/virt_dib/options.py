@@ -180,6 +180,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "element_paths": Offer.DIRECTORY,
     "excluded_elements": Offer.ELEMENT,
     "envvars": Offer.VARIABLE,
+    "image_cache": Offer.DIRECTORY,
     "debug": ("0", "1", "2"),
     "size": ("auto", "5G", "10G"),
     "fs_type": tuple(LABEL_LIMITS),

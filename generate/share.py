@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that are installed below PREFIX/share; ``python -m generate.share [DIRECTORY]`` makes them elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from generate import completion, manual
+
+COMPLETION_DIRS = {
+    "virt-dib.bash": ("bash-completion/completions", "virt-dib"),
+    "_virt-dib": ("zsh/site-functions", "_virt-dib"),
+    "virt-dib.fish": ("fish/vendor_completions.d", "virt-dib.fish"),
+}
+
+
+def make(top: Path) -> dict[str, list[str]]:
+    """Write all files below *top*; their paths, by the directories below PREFIX that they belong in."""
+    files: dict[str, list[str]] = {}
+
+    def write(directory: str, name: str, text: str) -> None:
+        path = top / directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        files.setdefault(f"share/{directory}", []).append(str(path))
+
+    for source in manual.sources():
+        write("man/man1", f"{source.stem}.1", manual.man_page(source))
+        write("doc/virt-dib", f"{source.stem}.html", manual.html_page(source))
+    for script, text in completion.scripts().items():
+        write(*COMPLETION_DIRS[script], text)
+    return files
+
+
+if __name__ == "__main__":
+    make(Path(*(sys.argv[1:] or ["build/share"])))
