@@ -22,7 +22,8 @@ import pytest
 from helpers import TESTS
 from virt_dib import environment as contract
 from virt_dib import namespaces, sandbox, staging, tools, workspace
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
+from virt_dib.errors import ApplianceError, Interrupted, PrerequisiteError, Problem
+from virt_dib.interrupts import Cancellation, cancellable
 from virt_dib.jobs import Event
 from virt_dib.sandbox import Sandbox, Settings, open_sandbox
 
@@ -184,6 +185,39 @@ def test_tools_that_elements_call_are_there(box: Sandbox) -> None:
     )
     status, output = bash(box, f"for p in {programs}; do type -P $p >/dev/null || echo $p; done")
     assert (status, output) == (0, "")
+
+
+# ---- cancelling ----
+
+
+def test_cancelling_ends_a_job_and_leaves_nothing_while_another_thread_goes_on(tmp_path: Path) -> None:
+    cancellations = {name: Cancellation() for name in ("one", "two")}
+    ready = {name: threading.Event() for name in cancellations}
+    ended: dict[str, str] = {}
+
+    def work(name: str) -> None:
+        directory = tmp_path / name
+        directory.mkdir()
+        text = f"echo ready; sleep {1000 if name == 'one' else 3}"
+        try:
+            with (
+                cancellable(cancellations[name]),
+                open_sandbox(Settings(directory=staged(directory), network=False)) as box,
+            ):
+                result = box.run(["/bin/bash", "-c", text], PATH, "/", on_output=lambda _: ready[name].set())
+                ended[name] = str(result.exit_status)
+        except Interrupted:
+            ended[name] = "interrupted"
+
+    threads = {name: threading.Thread(target=work, args=[name]) for name in cancellations}
+    for thread in threads.values():
+        thread.start()
+    assert all(event.wait(WAIT_S) for event in ready.values())
+    cancellations["one"].cancel()
+    threads["one"].join()
+    assert list((tmp_path / "one").iterdir()) == []
+    threads["two"].join()
+    assert ended == {"one": "interrupted", "two": "0"}
 
 
 # ---- what is different from a build host, and made up for ----
