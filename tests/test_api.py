@@ -95,6 +95,12 @@ def test_planning_tells_what_would_be_built_and_makes_nothing(place: Path) -> No
     assert list((place / "out").iterdir()) == []
 
 
+def test_checking_the_host_tells_what_is_not_as_it_should_be(tmp_path: Path) -> None:
+    said = run_example("Check the host, start an image", tmp_path)
+    wanting = [check.name for check in api.check_host() if not check.ok]
+    assert [line.partition(": ")[0] for line in said.splitlines()] == wanting
+
+
 BAD_SPECS: list[tuple[dict[str, object], str]] = [
     ({"name": "../x"}, "cannot use '../x' as the name of the image"),
     ({"name": ""}, "cannot use '' as the name of the image"),

@@ -4,6 +4,7 @@
 Names that are not here may change with any release.
 """
 
+from virt_dib.boot import BootResult, Firmware, boot_test
 from virt_dib.builder import ImagePlan, RunOptions, build_image, plan_image
 from virt_dib.errors import (
     ApplianceError,
@@ -39,6 +40,7 @@ from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, interrupts
 from virt_dib.machine_readable import event_json
 from virt_dib.monitor import Display, summary
+from virt_dib.prerequisites import Check, check_host
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Isolation, Phase
 
@@ -46,6 +48,7 @@ __all__ = [
     "ApplianceError",
     "Artifact",
     "ArtifactMade",
+    "BootResult",
     "BuildFailed",
     "BuildFinished",
     "BuildPlanned",
@@ -53,11 +56,13 @@ __all__ = [
     "BuildSpec",
     "BuildStarted",
     "Cancellation",
+    "Check",
     "Debugged",
     "Display",
     "ElementError",
     "ErrorFound",
     "Event",
+    "Firmware",
     "ImagePlan",
     "Interrupted",
     "Isolation",
@@ -80,7 +85,9 @@ __all__ = [
     "UsageError",
     "VirtDibError",
     "Warned",
+    "boot_test",
     "build_image",
+    "check_host",
     "event_json",
     "interrupts",
     "plan_image",

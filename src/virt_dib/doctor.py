@@ -7,10 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from virt_dib import cli, prerequisites, supermin
+from virt_dib import cli, prerequisites
 from virt_dib.interrupts import interrupts
 from virt_dib.monitor import printable, write_out
-from virt_dib.prerequisites import Check, Host
+from virt_dib.prerequisites import Check
 from virt_dib.terminal import AUTOMATIC, coloured
 
 _PROG = "virt-dib-doctor"
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def examine() -> int:
         with interrupts():
-            results = prerequisites.checks(Host.here(), cache=supermin.cache_dir())
+            results = prerequisites.check_host()
         write_out(sys.stdout, table(results, colour=AUTOMATIC.colours(sys.stdout)))
         return 1 if any(check.required and not check.ok for check in results) else 0
 

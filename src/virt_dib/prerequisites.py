@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import appliance, boot, dib, kvm, sandbox, tools
+from virt_dib import appliance, boot, dib, kvm, sandbox, supermin, tools
 from virt_dib.errors import Problem, VirtDibError
 from virt_dib.monitor import size_text
 
@@ -151,6 +151,15 @@ class Host:
     def temp_dir(self) -> Path:
         """Where the disks of a build are."""
         return Path(self.environ.get("TMPDIR") or self.root / "var/tmp")
+
+
+def check_host() -> list[Check]:
+    """All checks, on this host and for this user.
+
+    Raises:
+        VirtDibError: there is no place for what virt-dib keeps.
+    """
+    return checks(Host.here(), cache=supermin.cache_dir())
 
 
 def checks(host: Host, *, cache: Path) -> list[Check]:
