@@ -68,6 +68,10 @@ test-sandbox: $(READY) ## tests of the sandbox alone
 test-debian: $(READY) ## full Debian builds, each booted; long
 	$(BIN)/pytest -m debian
 
+.PHONY: test-full
+test-full: $(READY) ## builds of elements from elsewhere, and ramdisks of Debian; hours, needs the network
+	$(BIN)/pytest -m full
+
 .PHONY: bench
 bench: $(READY) ## a small build, timed against the virt-dib of guestfs-tools
 	@$(BIN)/python bench/tiny_build.py

@@ -349,6 +349,11 @@ def test_the_command_prints_the_console_as_it_comes(disk: Disk, capsys: pytest.C
         pytest.param(["--memsize", "1e9", "x"], id="memory"),
         pytest.param(["--format", "vmdk", "x"], id="format"),
         pytest.param(["--uefi", "--bios", "x"], id="two firmwares"),
+        pytest.param(["--kernel", "k", "--initrd", "i"], id="kernel, nothing to wait for"),
+        pytest.param(["--kernel", "k", "--expect", "x"], id="kernel alone"),
+        pytest.param(["--kernel", "k", "--initrd", "i", "--expect", "x", "image"], id="kernel and image"),
+        pytest.param(["--kernel", "k", "--initrd", "i", "--expect", "x", "--uefi"], id="kernel and firmware"),
+        pytest.param(["--initrd", "i", "image"], id="initramfs alone"),
     ],
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,6 +366,15 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_a_missing_image_is_an_error_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert boot_cli.main([str(tmp_path / "none.img")]) == 1
     assert "virt-dib-boot-test: hint: give the path of a raw or qcow2 image\n" in capsys.readouterr().err
+
+
+def test_a_missing_kernel_is_an_error_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "initrd").touch()
+    none = str(tmp_path / "none")
+    assert boot_cli.main(["--kernel", none, "--initrd", str(tmp_path / "initrd"), "--expect", "x"]) == 1
+    err = capsys.readouterr().err
+    assert f"error: cannot read the kernel '{none}': no such file\n" in err
+    assert "virt-dib-boot-test: hint: give the path of the kernel\n" in err
 
 
 @pytest.mark.appliance

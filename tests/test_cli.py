@@ -22,7 +22,8 @@ MANUAL_OPTIONS = [
     "-B", "-p", "--element-path", "--name", "--formats", "--size", "--envvar", "--arch", "--debug", "-m", "--memsize",
     "--smp", "--network", "--no-network", "--root-label", "--fs-type", "--mkfs-options", "--extra-packages",
     "--skip-base", "--install-type", "--exclude-element", "--exclude-script", "--no-delete-on-failure", "-u",
-    "--qemu-img-options", "-q", "--quiet", "-v", "--verbose", "-x", "-V", "--version", "--help", "--machine-readable",
+    "--qemu-img-options", "--ramdisk", "--ramdisk-element", "-q", "--quiet", "-v", "--verbose", "-x", "-V",
+    "--version", "--help", "--machine-readable",
 ]  # fmt: skip
 
 
@@ -88,6 +89,8 @@ OPTIONS = [
     (["--mkfs-options="], "mkfs_options", ""),
     (["--extra-packages", "a,b", "--extra-packages", " c ,,d"], "extra_packages", ("a", "b", "c", "d")),
     (["--skip-base"], "skip_base", True),
+    (["--ramdisk"], "ramdisk", True),
+    (["--ramdisk-element", "dracut-ramdisk"], "ramdisk_element", "dracut-ramdisk"),
     (["--install-type", "package"], "install_type", "package"),
     (["--exclude-element", "a", "--exclude-element", "b"], "excluded_elements", frozenset({"a", "b"})),
     (["--exclude-script", "50-a", "--exclude-script", "60-b"], "excluded_scripts", frozenset({"50-a", "60-b"})),
@@ -237,6 +240,7 @@ BAD_VALUES = [
     (["-p", ""], "cannot use '' as the directory of --element-path"),
     (["-B", ""], "cannot use '' as the directory of -B"),
     (["--exclude-element", ""], "cannot use an empty name for --exclude-element"),
+    (["--ramdisk-element", " "], "cannot use an empty name for --ramdisk-element"),
     (["--size", "--"], "cannot use '--' as the size of the image"),
     *((["--name", name], f"cannot use '{name}' as the name of the image")
       for name in ("", ".", "..", "-d", "--", "a/", "a\0b", "a\nb", "./..", "/")),
@@ -287,7 +291,6 @@ def test_bad_variable_for_kvm_is_a_problem_that_names_it() -> None:
         ("--zzzz", "--zzzz", None),
         ("-z", "-z", None),
         ("-qz", "-z", None),
-        ("--ramdisk", "--ramdisk", None),
     ],
 )
 def test_unknown_option(word: str, unknown: str | None, meant: str | None) -> None:
@@ -505,6 +508,7 @@ def test_default_size_is_the_one_in_the_help() -> None:
         ("FS_TYPE=xfs", ["--fs-type", "ext3"], "fs_type", "xfs", "ext3"),
         ("ARCH=arm64", ["--arch", "armhf"], "arch", "arm64", "armhf"),
         ("ROOT_LABEL=one", ["--root-label", "two"], "root_label", "one", "two"),
+        ("RAMDISK_ELEMENT=one", ["--ramdisk-element", "two"], "ramdisk_element", "one", "two"),
         ("DIB_DEBUG_TRACE=2", ["--debug", "1"], "debug_level", 2, 1),
         ("DIB_IMAGE_SIZE=7", ["--size", "1G"], "size_bytes", None, 1024**3),
     ],

@@ -173,6 +173,13 @@ def test_requested(words: list[str], arch: str, skip_base: bool, expected: str) 
     assert " ".join(requested(words, arch=arch, skip_base=skip_base)) == expected
 
 
+@pytest.mark.parametrize(("skip_base", "expected"), [(True, "ramdisk debian"), (False, "ramdisk base debian")])
+def test_the_ramdisk_element_comes_first(skip_base: bool, expected: str) -> None:  # noqa: FBT001 - a table's column
+    # contract section 1.1: base is put in front, then this.
+    names = requested(["debian"], arch="amd64", skip_base=skip_base, ramdisk_element="ramdisk")
+    assert " ".join(names) == expected
+
+
 def test_a_blank_of_another_kind_does_not_separate() -> None:
     assert requested(["a\u00a0b\x0bc"], arch="amd64", skip_base=True) == ("a\u00a0b\x0bc",)
 

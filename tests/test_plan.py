@@ -23,6 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(prerequisites, "require_prerequisites", list)
     make_element(tmp_path / "elements", "one", {"install.d/50-x": "#!/bin/bash\n"}, provides=["operating-system"])
     (tmp_path / "work").mkdir()
+    (tmp_path / "again").mkdir()
     (tmp_path / "out").mkdir()
     return tmp_path
 
@@ -37,6 +38,10 @@ def spec_in(place: Path, **more: object) -> BuildSpec:
 
 def planned(place: Path, environment: Mapping[str, str] | None = None, **more: object) -> BuildPlan:
     return make_plan(spec_in(place, **more), place / "work", host_environment=environment or {})
+
+
+def planned_again(place: Path, **more: object) -> BuildPlan:
+    return make_plan(spec_in(place, **more), place / "again", host_environment={})
 
 
 def refused(place: Path, environment: Mapping[str, str] | None = None, **more: object) -> VirtDibError:
@@ -88,6 +93,31 @@ def test_something_in_the_place_of_the_directory(place: Path, kind: str) -> None
     else:
         path.symlink_to(place if kind == "link" else "nothing")
     assert f"cannot write the directory '{path}'" in str(refused(place))
+
+
+def test_ramdisk_mode_has_no_formats_and_one_element_more(place: Path) -> None:
+    make_element(place / "elements", "ramdisk", {"cleanup.d/50-r": "#!/bin/bash\n"})
+    # No image, so nothing in its way, and no options for its format.
+    (place / "out/x.qcow2").mkdir()
+    made = planned(place, ramdisk=True, qemu_img_options="nonsense=1")
+    assert [element.name for element in made.elements] == ["ramdisk", "one"]
+    assert (made.formats, made.no_image) == ((), "--ramdisk")
+
+
+def test_another_ramdisk_element(place: Path) -> None:
+    make_element(place / "elements", "mine", {"cleanup.d/50-r": "#!/bin/bash\n"})
+    made = planned(place, ramdisk=True, ramdisk_element="mine")
+    assert [element.name for element in made.elements] == ["mine", "one"]
+    assert "'noone'" in str(refused(place, ramdisk=True, ramdisk_element="noone"))
+    assert [element.name for element in planned_again(place, ramdisk_element="mine").elements] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["no-final-image", "ironic-agent"])
+def test_elements_that_want_no_image(place: Path, name: str) -> None:
+    make_element(place / "elements", name, {"install.d/51-x": "#!/bin/bash\n"})
+    make_element(place / "elements", "wants-it", {"install.d/52-x": "#!/bin/bash\n"}, depends=[name])
+    made = planned(place, elements=("one", "wants-it"))
+    assert (made.formats, made.no_image) == ((), f"element '{name}'")
 
 
 def test_a_name_too_long(place: Path) -> None:

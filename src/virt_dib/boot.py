@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does an image boot? Start it in qemu without touching it, and read its serial console.
+"""Does an image boot, or a kernel with its initramfs? Start it in qemu, and read its serial console.
 
-The guest is not trusted. It has no network and no disk but a snapshot of the image; what it prints is
-made harmless and held in bounded memory, however much it is.
+The image stays as it is. The guest is not trusted: it has no network and no disk but a snapshot of the image;
+what it prints is made harmless and held in bounded memory, however much it is.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Firmware(enum.Enum):
 
     BIOS = "BIOS"
     UEFI = "UEFI"
+    NONE = "no boot loader"
+    """Qemu itself starts a kernel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,15 +110,9 @@ def boot_test(
         PrerequisiteError: qemu or the firmware is not installed.
         ToolError: the image cannot be read, or qemu failed.
     """
-    try:
-        wanted = re.compile(expect)
-    except re.error as error:
-        raise UsageError(
-            f"cannot use '{expect}' as the text to wait for: {error}", hint="give a Python regular expression"
-        ) from error
+    console = _Console(_compiled(expect), on_line)
     qemu = tools.require(_QEMU, purpose="start the image", package="qemu-system-x86")
     disk_format = image_format or probe_format(image)
-    console = _Console(wanted, on_line)
     with _private_dir() as directory:
         table = _partition_table(image, disk_format, directory)
         if firmware is None:
@@ -127,15 +123,53 @@ def boot_test(
             *_firmware_options(firmware, directory),
             *_disk_options(image, disk_format, _sector_bytes(table)),
         ]
-        begun = time.monotonic()
-        passed, reason = _watch(command, directory, console, timeout_s)
-    return BootResult(
-        passed=passed,
-        firmware=firmware,
-        seconds=time.monotonic() - begun,
-        reason=reason,
-        last_lines=tuple(console.last_lines),
-    )
+        return _started(command, directory, console, timeout_s, firmware)
+
+
+def boot_kernel(
+    kernel: Path,
+    initrd: Path,
+    *,
+    arguments: str = "",
+    expect: str,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    memory_mib: int = DEFAULT_MEMORY_MIB,
+    accelerate: bool,
+    on_line: Callable[[str], None] | None = None,
+) -> BootResult:
+    """As :func:`boot_test`, for *kernel* with the initramfs *initrd*, in a machine without a disk.
+
+    *arguments* follow ``console=ttyS0`` on the kernel's command line.
+
+    Raises:
+        UsageError: *expect* is no regular expression.
+        PrerequisiteError: qemu is not installed.
+        ToolError: a file cannot be read, or qemu failed: *kernel* may be none.
+    """
+    console = _Console(_compiled(expect), on_line)
+    qemu = tools.require(_QEMU, purpose="start the kernel", package="qemu-system-x86")
+    with _private_dir() as directory:
+        for name, path in (("kernel", kernel), ("initrd", initrd)):
+            _head(path, 1, what=name)
+            # Names of ours: what qemu makes of a comma in one depends on the kind of kernel.
+            (directory / name).symlink_to(path.absolute())
+        command = [
+            str(qemu),
+            *_machine_options(memory_mib, accelerate=accelerate),
+            *_firmware_options(Firmware.NONE, directory),
+            *("-kernel", str(directory / "kernel"), "-initrd", str(directory / "initrd")),
+            *("-append", f"console=ttyS0 {arguments}".strip()),
+        ]
+        return _started(command, directory, console, timeout_s, Firmware.NONE)
+
+
+def _compiled(expect: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expect)
+    except re.error as error:
+        raise UsageError(
+            f"cannot use '{expect}' as the text to wait for: {error}", hint="give a Python regular expression"
+        ) from error
 
 
 def firmware_for(image: Path, *, image_format: str | None = None) -> Firmware:
@@ -170,16 +204,17 @@ def probe_format(image: Path) -> str:
 # ---- the image ----
 
 
-def _head(image: Path, size_bytes: int) -> bytes:
+def _head(path: Path, size_bytes: int, *, what: str = "image") -> bytes:
     try:
-        if not image.is_file():
-            why = "it is no regular file" if image.exists() else "no such file"
-            raise ToolError(f"cannot read the image '{image}': {why}", hint="give the path of a raw or qcow2 image")
-        with image.open("rb") as stream:
+        if not path.is_file():
+            why = "it is no regular file" if path.exists() else "no such file"
+            kind = "a raw or qcow2 image" if what == "image" else f"the {what}"
+            raise ToolError(f"cannot read the {what} '{path}': {why}", hint=f"give the path of {kind}")
+        with path.open("rb") as stream:
             return stream.read(size_bytes)
     except OSError as error:
         raise ToolError(
-            f"cannot read the image '{image}': {(error.strerror or str(error)).lower()}",
+            f"cannot read the {what} '{path}': {(error.strerror or str(error)).lower()}",
             hint="make it readable for this user",
         ) from error
 
@@ -253,7 +288,7 @@ def _machine_options(memory_mib: int, *, accelerate: bool) -> list[str]:
 
 
 def _firmware_options(firmware: Firmware, directory: Path) -> list[str]:
-    if firmware is Firmware.BIOS:
+    if firmware is not Firmware.UEFI:
         return ["-machine", "pc"]
     code, empty_store = find_uefi()
     store = directory / "variables"
@@ -309,7 +344,23 @@ def _private_dir() -> Iterator[Path]:
         yield Path(directory)
 
 
-def _watch(command: list[str], directory: Path, console: _Console, timeout_s: float) -> tuple[bool, str]:
+def _started(
+    command: list[str], directory: Path, console: _Console, timeout_s: float, firmware: Firmware
+) -> BootResult:
+    begun = time.monotonic()
+    passed, reason = _watch(command, directory, console, timeout_s, firmware)
+    return BootResult(
+        passed=passed,
+        firmware=firmware,
+        seconds=time.monotonic() - begun,
+        reason=reason,
+        last_lines=tuple(console.last_lines),
+    )
+
+
+def _watch(
+    command: list[str], directory: Path, console: _Console, timeout_s: float, firmware: Firmware
+) -> tuple[bool, str]:
     """Start the virtual machine and follow its console; return whether it came up, and the reason."""
     until_s = time.monotonic() + timeout_s
     with tools.started(command, environment={**os.environ, "TMPDIR": str(directory)}) as process:
@@ -327,9 +378,11 @@ def _watch(command: list[str], directory: Path, console: _Console, timeout_s: fl
     if code == 0:
         return False, "the guest reset or powered off"
     how = "closed its console" if code is None else f"ended with {tools.describe_status(code)}"
+    what, hint = "image", "does 'qemu-img check' like the image, and is no other program using it?"
+    if firmware is Firmware.NONE:
+        what, hint = "kernel", "is it a kernel for this architecture?"
     raise ToolError(
-        f"starting the image: qemu {how}{': ' + said if said else ''}",
-        hint="does 'qemu-img check' like the image, and is no other program using it? VIRT_DIB_KVM=off rules out KVM",
+        f"starting the {what}: qemu {how}{': ' + said if said else ''}", hint=f"{hint} VIRT_DIB_KVM=off rules out KVM"
     )
 
 

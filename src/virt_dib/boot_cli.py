@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``virt-dib-boot-test``: does this image come up?"""
+"""The command ``virt-dib-boot-test``: does this image, or this kernel with its initramfs, come up?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _MEMORY_DIGITS = 7
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    _check_what(parser, options)
     return report_errors(_PROG, lambda: _test(options))
 
 
@@ -34,10 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROG,
         description="Start a disk image in a virtual machine, without changing the image and without a network, "
-        "and wait for its login prompt on the serial console.",
+        "and wait for its login prompt on the serial console. Or start a kernel with its initramfs, and wait for "
+        "what --expect says.",
         epilog="Exit status: 0 it came up, 1 it did not, 2 wrong usage, 130 interrupted.",
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, help="a raw or qcow2 disk image")
+    parser.add_argument("image", metavar="IMAGE", type=Path, nargs="?", help="a raw or qcow2 disk image")
+    parser.add_argument("--kernel", metavar="FILE", type=Path, help="instead of an image, a kernel, with --initrd")
+    parser.add_argument("--initrd", metavar="FILE", type=Path, help="the initramfs for --kernel")
+    parser.add_argument(
+        "--append",
+        dest="arguments",
+        metavar="TEXT",
+        default="",
+        help="what the kernel is told besides 'console=ttyS0'",
+    )
     firmware = parser.add_mutually_exclusive_group()
     firmware.add_argument(
         "--uefi", dest="firmware", action="store_const", const=Firmware.UEFI, help="start it by UEFI (OVMF)"
@@ -63,8 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--expect",
         metavar="REGEX",
-        default=boot.DEFAULT_EXPECT,
-        help="what to wait for on the console (default: '%(default)s')",
+        help=f"what to wait for on the console (default for an image: '{boot.DEFAULT_EXPECT}')",
     )
     parser.add_argument(
         "--memsize",
@@ -76,6 +87,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="print the console as it comes")
     return parser
+
+
+def _check_what(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Either an image, or a kernel with its initramfs and what to wait for."""
+    if options.kernel is None:
+        if options.initrd is not None or options.arguments:
+            parser.error("--initrd and --append are for --kernel")
+        if options.image is None:
+            parser.error("give an IMAGE, or --kernel and --initrd")
+    elif options.image is not None or options.firmware is not None or options.image_format is not None:
+        parser.error("with --kernel there is no IMAGE, and no --uefi, --bios and --format")
+    elif options.initrd is None or options.expect is None:
+        parser.error("--kernel needs --initrd, and --expect with what the initramfs prints")
 
 
 def _seconds(text: str) -> float:
@@ -105,25 +129,42 @@ def _boot(options: argparse.Namespace) -> int:
     accelerate = verdict.acceleration is kvm.Acceleration.KVM
     if options.verbose and not accelerate:
         _print_line(f"emulating the machine, about 15 times slower than with KVM: {verdict.reason}")
-    result = boot.boot_test(
-        options.image,
-        firmware=options.firmware,
-        image_format=options.image_format,
-        expect=options.expect,
-        timeout_s=options.timeout_s,
-        memory_mib=options.memory_mib,
-        accelerate=accelerate,
-        on_line=_print_line if options.verbose else None,
-    )
+    result = _start(options, accelerate=accelerate)
     how = f"{result.firmware.value}, {'KVM' if accelerate else 'emulated'}"
+    what = options.image or options.kernel
     if result.passed:
-        _print_line(f"{options.image.name}: booted to '{result.reason}' in {result.seconds:.1f} s ({how})")
+        _print_line(f"{what.name}: booted to '{result.reason}' in {result.seconds:.1f} s ({how})")
         return 0
     if not options.verbose:
         _show_end(result)
     raise VirtDibError(
-        f"booting '{options.image}' ({how}): {result.reason}",
+        f"booting '{what}' ({how}): {result.reason}",
         hint=_hint(result, timed_out=result.seconds >= options.timeout_s),
+    )
+
+
+def _start(options: argparse.Namespace, *, accelerate: bool) -> BootResult:
+    on_line = _print_line if options.verbose else None
+    if options.kernel is not None:
+        return boot.boot_kernel(
+            options.kernel,
+            options.initrd,
+            arguments=options.arguments,
+            expect=options.expect,
+            timeout_s=options.timeout_s,
+            memory_mib=options.memory_mib,
+            accelerate=accelerate,
+            on_line=on_line,
+        )
+    return boot.boot_test(
+        options.image,
+        firmware=options.firmware,
+        image_format=options.image_format,
+        expect=options.expect or boot.DEFAULT_EXPECT,
+        timeout_s=options.timeout_s,
+        memory_mib=options.memory_mib,
+        accelerate=accelerate,
+        on_line=on_line,
     )
 
 
@@ -132,6 +173,8 @@ def _hint(result: BootResult, *, timed_out: bool) -> str:
         return "nothing came from its serial console: is its kernel told console=ttyS0?"
     if timed_out:
         return "give it longer with --timeout, or look for another text with --expect"
+    if result.firmware is Firmware.NONE:
+        return "see the last lines of its console above; does it have the memory it needs (--memsize)?"
     other = Firmware.BIOS if result.firmware is Firmware.UEFI else Firmware.UEFI
     advice = f"if it is made for {other.value}, use --{other.name.lower()}"
     return f"see the last lines of its console above; {advice}"

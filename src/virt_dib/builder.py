@@ -14,7 +14,7 @@ from pathlib import Path
 from virt_dib import disk_stage, kvm, layout, network, sandbox, staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError, UsageError
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, cancellable
@@ -34,6 +34,8 @@ _STARTING_APPLIANCE = "starting the appliance"
 _STARTING_SANDBOX = "starting the sandbox"
 _MAKING_BUILD_DISK = "making the build disk"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_MANIFESTS = "dib-manifests"
+"""What DIB's element 'manifests', which operating systems bring with them, leaves in any build."""
 _BESIDES_THE_TREE_BYTES = 4 << 30
 """Room for downloads and the like, when the files of a build are kept in memory."""
 
@@ -169,6 +171,7 @@ class _Build:
         if plan.layout.discarded:
             names = ", ".join(plan.layout.discarded)
             self._monitor.warning(f"only {layout.OUTPUT_IMAGE} becomes an output; built and thrown away: {names}")
+        self._tell_mode()
         verdict = kvm.choose(wanted=self._options.kvm, kernel=None, cache_dir=supermin.cache_dir())
         in_sandbox = self._choose_sandbox(verdict)
         with open_outputs(plan.spec, self._workspace) as outputs:
@@ -178,11 +181,40 @@ class _Build:
                 for name in outputs.add(appliance):
                     self._monitor.warning(f"neither file nor directory, not taken over from the guest: {name}")
                 appliance.stop()
-            # Of the disk, as long as any image may become, the output is the beginning.
-            os.truncate(self._image_disk.path, size_bytes)
-            with self._phases.step(f"writing {', '.join(output.name for output in plan.formats)}"):
-                outputs.convert(plan.formats, self._image_disk.path)
+            self._check_left(outputs.left)
+            if plan.no_image is None:
+                # Of the disk, as long as any image may become, the output is the beginning.
+                os.truncate(self._image_disk.path, size_bytes)
+                with self._phases.step(f"writing {', '.join(output.name for output in plan.formats)}"):
+                    outputs.convert(plan.formats, self._image_disk.path)
             return outputs.publish()
+
+    # ---- without an image ----
+
+    def _tell_mode(self) -> None:
+        spec, no_image = self._plan.spec, self._plan.no_image
+        if no_image is not None:
+            self._monitor.message(f"no image is written, whatever --formats says, because of {no_image}")
+        if spec.ramdisk_element is not None and not spec.ramdisk:
+            self._monitor.warning(f"without --ramdisk, the ramdisk element '{spec.ramdisk_element}' is not added")
+
+    def _check_left(self, names: Sequence[str]) -> None:
+        """Tell of files that a user will look for in ``NAME.d`` and that the elements have not left.
+
+        Raises:
+            ScriptError: a ramdisk was asked for, and there is nothing at all.
+        """
+        spec, no_image = self._plan.spec, self._plan.no_image
+        directory = spec.output_dir / f"{spec.name}.d"
+        made = set(names) - {_MANIFESTS}
+        if no_image is not None and not made:
+            text = f"because of {no_image} there is no image, and the elements left no other files"
+            hint = "files for the user are those in the working directory when cleanup.d has ended"
+            if spec.ramdisk:
+                raise ScriptError(text, hint=f"is '{spec.added_element}' the element that makes the ramdisk? {hint}")
+            self._monitor.warning(f"{text}: {hint}")
+        if not names and directory.is_dir():
+            self._monitor.warning(f"'{directory}' is of an earlier build, for this one left no files")
 
     # ---- where ----
 

@@ -136,6 +136,8 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         mkfs_options=given.mkfs_options or "",
         extra_packages=tuple(_comma_list(",".join(given.extra_packages))),
         skip_base=given.skip_base,
+        ramdisk=given.ramdisk,
+        ramdisk_element=values.take(lambda: _ramdisk_element(asked(given.ramdisk_element, "RAMDISK_ELEMENT")), None),
         install_type=values.take(
             lambda: _choice("install type", given.install_type, INSTALL_TYPES, "source"), "source"
         ),
@@ -254,6 +256,12 @@ def _names(option: str, texts: Sequence[str]) -> frozenset[str]:
     if "" in texts:
         raise UsageError(f"cannot use an empty name for {option}", hint="is a shell variable unset?")
     return frozenset(texts)
+
+
+def _ramdisk_element(text: str | None) -> str | None:
+    if text is not None and not text.strip():
+        raise UsageError("cannot use an empty name for --ramdisk-element", hint="is a shell variable unset?")
+    return text
 
 
 def _choice(what: str, text: str | None, known: Sequence[str], default: str) -> str:

@@ -94,6 +94,10 @@ class DiskStage:
             result.check("copying the tree into the image")
         for phase in DISK_PHASES[1:]:
             self._phases.run(self._appliance, phase, self._facts)
+        if plan.no_image is not None:
+            # Nobody will look into it any more.
+            guest_script(self._appliance, "tree.sh", "let_go", contract.TREE).check("letting go of the image")
+            return size_kib * 1024
         with self._phases.step(STEPS[2]):
             points = plan.layout.block_devices.mount_points.split("|")
             guest_script(self._appliance, "tree.sh", "clean", contract.TREE, *points).check("cleaning the image")

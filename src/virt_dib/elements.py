@@ -86,11 +86,13 @@ def discover(search_path: Sequence[Path]) -> Mapping[str, Element]:
     return found
 
 
-def requested(words: Sequence[str], *, arch: str, skip_base: bool) -> tuple[str, ...]:
+def requested(
+    words: Sequence[str], *, arch: str, skip_base: bool, ramdisk_element: str | None = None
+) -> tuple[str, ...]:
     """The names that *words*, arguments of the command line, ask for, each once.
 
-    An argument may hold several names or none. DIB's defaults are added: ``base``, and for ``vm`` a
-    block device element unless there is one (lib/common-functions, _arg_defaults_hack).
+    An argument may hold several names or none. DIB's defaults are added: for ``vm`` a block device element unless
+    there is one, ``base``, and before it *ramdisk_element* (lib/common-functions, arg_to_elements).
 
     Raises:
         UsageError: no name at all.
@@ -102,6 +104,8 @@ def requested(words: Sequence[str], *, arch: str, skip_base: bool) -> tuple[str,
         names.append("block-device-efi" if arch in ("arm64", "aarch64") else "block-device-mbr")
     if not skip_base:
         names.insert(0, "base")
+    if ramdisk_element is not None:
+        names[:0] = [name for name in _BLANKS.split(ramdisk_element) if name]
     return tuple(dict.fromkeys(names))
 
 

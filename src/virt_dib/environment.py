@@ -78,6 +78,23 @@ def _dib_env(facts: Facts, _phase: Phase) -> str:
     return declarations({**facts.spec.variables, **own})
 
 
+def _makes_ramdisk(facts: Facts) -> bool:
+    """Whether scripts in the chroot read DIB's library, which uses two variables that DIB does not export.
+
+    As those scripts say ``set -u``, DIB's own ramdisk-image-create has failed with an unbound variable since 2.0.
+    """
+    return any(element.name == "ramdisk-base" for element in facts.elements)
+
+
+def _base_elements(facts: Facts, _phase: Phase) -> str | None:
+    return f"{GUEST}/elements/{len(facts.spec.element_paths)}" if _makes_ramdisk(facts) else None
+
+
+def _tmp_image(facts: Facts, phase: Phase) -> str | None:
+    # Where the ramdisk is written first: in a directory that extra-data.d has made.
+    return "/tmp/ramdisk-build/image.raw" if phase.where is Where.CHROOT and _makes_ramdisk(facts) else None  # noqa: S108
+
+
 def _target_root(_facts: Facts, phase: Phase) -> str | None:
     return TREE if phase in (Phase.ROOT, Phase.CLEANUP) else None
 
@@ -126,6 +143,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("IMAGE_TYPE", _always("qcow2")),
     _Variable("FS_TYPE", lambda facts, _: facts.spec.fs_type),
     _Variable("ELEMENTS_PATH", lambda facts, _: ":".join(facts.elements_path)),
+    _Variable("_BASE_ELEMENT_DIR", _base_elements),
     _Variable("IMAGE_ELEMENT", lambda facts, _: " ".join(element.name for element in facts.elements)),
     _Variable("IMAGE_ELEMENT_YAML", lambda facts, _: yaml.safe_dump(dict(facts.element_dirs))),
     _Variable("DIB_IMAGE_CACHE", _always(CACHE), user_wins=True),
@@ -140,6 +158,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("TMP_HOOKS_PATH", _always(HOOKS)),
     _Variable("TMP_MOUNT_PATH", _always(TREE)),
     _Variable("TARGET_ROOT", _target_root),
+    _Variable("TMP_IMAGE_PATH", _tmp_image),
     _Variable("OUT_IMAGE_PATH", _always("")),
     _Variable("DIB_BLOCK_DEVICE_PARAMS_YAML", _always(PARAMS)),
     _Variable("DIB_ROOT_LABEL", lambda facts, _: facts.block_devices.root_label),
@@ -151,6 +170,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("IMAGE_BLOCK_DEVICES", _since_pre_finalise(lambda facts: facts.image_block_devices)),
     # The manual wants dib-manifests in NAME.d, which is the working directory of the phases outside.
     _Variable("DIB_MANIFEST_SAVE_DIR", _always(OUT), user_wins=True),
+    _Variable("RAMDISK_ELEMENT", lambda facts, _: facts.spec.added_element),
     _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
     _Variable("COMPRESS_IMAGE", lambda facts, _: None if facts.spec.compress else ""),
 )

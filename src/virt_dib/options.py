@@ -80,6 +80,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _value(
             "--formats", "formats", "LIST", f"output formats, of: {', '.join(formats.KNOWN)} (default: qcow2)"
         ),
+        _flag("--ramdisk", "ramdisk", "make a ramdisk and its kernel, in NAME.d, and no image"),
+        _value(
+            "--ramdisk-element", "ramdisk_element", "ELEMENT",
+            "the element that --ramdisk adds, such as dracut-ramdisk (default: ramdisk)",
+        ),
         _value(
             "--arch", "arch", "ARCH", "architecture the elements are told, ARCH (default: that of this host)"
         ),
@@ -179,6 +184,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "dib_library": Offer.DIRECTORY,
     "element_paths": Offer.DIRECTORY,
     "excluded_elements": Offer.ELEMENT,
+    "ramdisk_element": Offer.ELEMENT,
     "envvars": Offer.VARIABLE,
     "image_cache": Offer.DIRECTORY,
     "debug": ("0", "1", "2"),
@@ -199,6 +205,8 @@ class Given:
     elements: list[str] = field(default_factory=list)
     name: str | None = None
     formats: str | None = None
+    ramdisk: bool = False
+    ramdisk_element: str | None = None
     arch: str | None = None
     install_type: str | None = None
     extra_packages: list[str] = field(default_factory=list)

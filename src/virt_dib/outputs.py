@@ -37,6 +37,8 @@ class Outputs:
         self._directory = spec.output_dir
         self._mark = workspace.name.rpartition("-")[2]
         self._partial: list[tuple[Path, Path, formats.DiskFormat | None]] = []
+        self.left: tuple[str, ...] = ()
+        """The names in what will be ``NAME.d``."""
 
     def add(self, appliance: Appliance) -> Sequence[str]:
         """Take over what the elements left in their working directory, the future ``NAME.d``.
@@ -49,7 +51,9 @@ class Outputs:
         partial.mkdir()
         copied = staging.copy_out(archive, partial, limit_bytes=_OUT_LIMIT_BYTES)
         archive.unlink()
-        if copied.files == 0:
+        if copied.files > 0:
+            self.left = tuple(sorted(entry.name for entry in partial.iterdir()))
+        else:
             staging.remove_tree(partial)
             self._partial.pop()
         return copied.left_out

@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 
 DEFAULT_MEMORY_MIB = 2048
 _MOST_CPUS = 8
+_NO_IMAGE_ELEMENTS = ("no-final-image", "ironic-agent")
+"""Elements that make something else of the tree: the first by DIB's rule, the second by virt-dib's, which is older."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,8 @@ class BuildPlan:
     hooks: HookTree
     layout: Layout
     formats: Sequence[DiskFormat]
+    no_image: str | None
+    """What says that no image is to be written (contract section 1.8); there are no *formats* then."""
     staging: Staging
     image_cache: ImageCache | None
     facts: contract.Facts
@@ -76,12 +80,16 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
-    found.tell(lambda: _check_places(spec, outputs or ()))
+    found.tell(lambda: _check_directory(spec.output_dir))
     found.tell(lambda: _check_cache(spec, environ))
-    found.tell(lambda: formats.check_options(outputs or (), spec.qemu_img_options, workspace / "options.img"))
     installation = found.tell(lambda: dib.find_installation(spec.dib_library))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
     chosen = found.tell(lambda: _choose(spec, search_path)) if installation else None
+    no_image = _no_image(spec, chosen or ())
+    if outputs is not None and no_image is not None:
+        outputs = ()
+    found.tell(lambda: _check_places(spec, outputs or ()))
+    found.tell(lambda: formats.check_options(outputs or (), spec.qemu_img_options, workspace / "options.img"))
     found.stop()
     if chosen is None or installation is None or outputs is None:
         raise AssertionError
@@ -109,6 +117,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         hooks=tree,
         layout=disk,
         formats=outputs,
+        no_image=no_image,
         staging=staging,
         image_cache=cache,
         facts=contract.Facts(
@@ -143,6 +152,15 @@ def _room(workspace: Path) -> Iterator[None]:
         raise no_room(workspace) from error
 
 
+def _check_directory(directory: Path) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        reason = "no right to write in it" if os.path.exists(directory) else "it does not exist"
+        raise UsageError(
+            f"cannot write the image in '{os.path.abspath(directory)}': {reason}",
+            hint="build in a directory you can write, or name another with --name DIRECTORY/NAME",
+        )
+
+
 def _check_places(spec: BuildSpec, outputs: Sequence[DiskFormat]) -> None:
     """Refuse now what would keep the finished files from their names.
 
@@ -150,12 +168,6 @@ def _check_places(spec: BuildSpec, outputs: Sequence[DiskFormat]) -> None:
         UsageError: all that stands in their way.
     """
     directory = spec.output_dir
-    if not os.access(directory, os.W_OK | os.X_OK):
-        reason = "no right to write in it" if os.path.exists(directory) else "it does not exist"
-        raise UsageError(
-            f"cannot write the image in '{os.path.abspath(directory)}': {reason}",
-            hint="build in a directory you can write, or name another with --name DIRECTORY/NAME",
-        )
     hint = "move it away, or give another --name"
     names = [f"{spec.name}.log", *(f"{spec.name}.{output.suffix}" for output in outputs)]
     problems = [
@@ -205,8 +217,18 @@ def _type(path: Path) -> int | None:
 
 def _choose(spec: BuildSpec, search_path: Sequence[Path]) -> tuple[Element, ...]:
     available = elements.discover(search_path)
-    wanted = elements.requested(spec.elements, arch=spec.arch, skip_base=spec.skip_base)
+    wanted = elements.requested(
+        spec.elements, arch=spec.arch, skip_base=spec.skip_base, ramdisk_element=spec.added_element
+    )
     return elements.resolve(wanted, available, excluded=spec.excluded_elements)
+
+
+def _no_image(spec: BuildSpec, chosen: Sequence[Element]) -> str | None:
+    """What asks for a build without an image, if anything does."""
+    if spec.ramdisk:
+        return "--ramdisk"
+    names = [element.name for element in chosen]
+    return next((f"element '{name}'" for name in _NO_IMAGE_ELEMENTS if name in names), None)
 
 
 def _fill(staging: Staging, installation: DibInstallation, disk: Layout) -> None:

@@ -120,6 +120,10 @@ class BuildSpec:
     mkfs_options: str = ""
     extra_packages: tuple[str, ...] = ()
     skip_base: bool = False
+    ramdisk: bool = False
+    """Make no image: add ``ramdisk_element``, which builds a kernel and an initramfs (contract section 1.9)."""
+    ramdisk_element: str | None = None
+    """The element that makes it; None: DIB's default, ``ramdisk``."""
     install_type: str = "source"
     excluded_elements: frozenset[str] = frozenset()
     excluded_scripts: frozenset[str] = frozenset()
@@ -131,6 +135,11 @@ class BuildSpec:
     checksum: bool = False
     arguments: tuple[str, ...] = ()
     """The command line as given, for DIB_ARGS."""
+
+    @property
+    def added_element(self) -> str | None:
+        """The element that ramdisk mode adds to those asked for, if this is ramdisk mode."""
+        return (self.ramdisk_element or "ramdisk") if self.ramdisk else None
 
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[bkKMGTPE]?)(?:i?B)?")

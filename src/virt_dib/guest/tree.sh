@@ -149,6 +149,13 @@ clean() {
     unmount_below "$root" "$@"
 }
 
+# After cleanup.d, where no image is wanted: take everything down.
+let_go() {
+    local root=$1
+    unmount_below "$root"
+    umount -l "$root"
+}
+
 step=$1
 shift
 "$step" "$@"

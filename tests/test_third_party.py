@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elements that others publish on PyPI, and ramdisks of Debian: ``make test-full``. Needs the network."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from test_debian import as_ordinary_user, mirrors
+from virt_dib import dib, elements, hooks, kvm, tools
+from virt_dib.boot import boot_kernel
+from virt_dib.plan import make_plan
+from virt_dib.spec import BuildSpec
+
+pytestmark = pytest.mark.full
+
+_BUILD_TIMEOUT_S = 5400
+REPOSITORIES = {
+    "ironic-python-agent-builder": "share/ironic-python-agent-builder/dib",
+    "sahara-image-elements": "share/sahara-elements/elements",
+    "tripleo-image-elements": "share/tripleo-image-elements",
+}
+"""Where ``pip install`` puts the elements (docs/ramdisks.md)."""
+SAMPLES = {
+    "ironic-python-agent-builder": ("ironic-python-agent-ramdisk", "extra-hardware", "ironic-python-agent-tls"),
+    "sahara-image-elements": ("hadoop-cloudera", "spark", "s3_hadoop", "openjdk"),
+    "tripleo-image-elements": ("os-collect-config", "openvswitch", "overcloud-secure", "interface-names"),
+}
+
+
+@pytest.fixture(scope="module", params=REPOSITORIES)
+def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The name of a package, and the directory of its elements."""
+    return request.param, installed(request.param, tmp_path_factory.mktemp("repository"))
+
+
+def installed(package: str, prefix: Path) -> Path:
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--prefix",
+        prefix,
+        package,
+    ]
+    tools.run(command, doing=f"installing {package}")
+    return prefix / REPOSITORIES[package]
+
+
+def test_every_element_is_found_and_goes_with_an_operating_system(repository: tuple[str, Path], tmp_path: Path) -> None:
+    available = elements.discover([repository[1], dib.find_installation(None).elements_dir])
+    own = sorted(name for name, element in available.items() if element.path.parent == repository[1])
+    assert len(own) > 7
+    for name in own:
+        chosen = elements.resolve(["base", "debian-minimal", name], available)
+        tree = hooks.compose(chosen, tmp_path / name, excluded_scripts=frozenset())
+        assert name in {element.name for element in chosen}
+        assert tree.owners
+
+
+def test_a_sample_of_elements_is_planned(repository: tuple[str, Path], tmp_path: Path) -> None:
+    package, directory = repository
+    spec = BuildSpec(
+        name="x",
+        output_dir=tmp_path,
+        elements=("debian-minimal", "vm", "block-device-efi", *SAMPLES[package]),
+        element_paths=(directory,),
+    )
+    (tmp_path / "work").mkdir()
+    plan = make_plan(spec, tmp_path / "work", host_environment={})
+    assert {element.name for element in plan.elements} >= set(SAMPLES[package])
+    assert (plan.no_image is not None) == (package == "ironic-python-agent-builder")
+
+
+# ---- real builds ----
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="virt-dib-test-", dir="/var/tmp") as name:
+        yield Path(name)
+
+
+def build(directory: Path, *arguments: str | Path) -> None:
+    tools.run(
+        [
+            *as_ordinary_user(directory, "sandbox"), sys.executable, "-m", "virt_dib", "--isolation", "sandbox",
+            "--name", "r", *mirrors(), *arguments, "debian-minimal",
+        ],
+        doing="building a ramdisk of Debian",
+        cwd=directory,
+        environment={"HOME": str(directory), "PATH": "/usr/bin:/bin", "TMPDIR": str(directory)},
+        timeout_s=_BUILD_TIMEOUT_S,
+    )  # fmt: skip
+    assert {path.name for path in directory.glob("r.*")} == {"r.d", "r.log"}
+
+
+def boots(directory: Path, expect: str) -> None:
+    verdict = kvm.choose(kernel=None, cache_dir=directory)
+    result = boot_kernel(
+        directory / "r.d/r.kernel",
+        directory / "r.d/r.initramfs",
+        expect=expect,
+        memory_mib=3072,
+        timeout_s=1800,
+        accelerate=verdict.acceleration is kvm.Acceleration.KVM,
+    )
+    assert result.passed, "\n".join([result.reason, *result.last_lines])
+
+
+RAMDISKS: Mapping[str, tuple[list[str], str]] = {
+    # The init script of DIB's 'ramdisk-base' says so, then each part of it what it does.
+    "ramdisk": ([], r"^load modules$"),
+    "dracut-ramdisk": (
+        [
+            # It wants a package that Debian has under another name, and Python 2.
+            *("--exclude-element", "deploy-targetcli", "deploy-tgtadm"),
+            *("--extra-packages", "net-tools,iputils-ping"),
+        ],
+        r"network ready$",
+    ),
+}
+
+
+@pytest.mark.parametrize("element", RAMDISKS)
+def test_a_ramdisk_of_debian_reaches_its_init(element: str, directory: Path) -> None:
+    more, expect = RAMDISKS[element]
+    # Its source is for Ubuntu; on Debian it is only fetched.
+    (directory / "dracut.tar.xz").touch()
+    source = f"DIB_REPOLOCATION_dracut=file://{directory}/dracut.tar.xz"
+    build(directory, "--ramdisk", "--ramdisk-element", element, "--envvar", source, *more)
+    boots(directory, expect)
+
+
+def test_elements_of_ironic_python_agent_builder_make_a_ramdisk(directory: Path) -> None:
+    path = installed("ironic-python-agent-builder", directory / "python")
+    build(directory, "-p", path, "--envvar", "DIB_CHECKSUM=sha256", "ironic-ramdisk-base")
+    names = {name.split("  ")[1] for name in (directory / "r.d/r.sha256").read_text().splitlines()}
+    assert names == {"r.kernel", "r.initramfs"}
+    tools.run(["sha256sum", "--check", "r.sha256"], doing="checking the sums", cwd=directory / "r.d")
+    assert 'DIB_CHECKSUM="sha256"' in (directory / "r.d/dib-manifests/dib_environment").read_text()
+    boots(directory, r"login:")
