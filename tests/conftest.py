@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from helpers import ISOLATIONS, Run, make_probe, make_tiny_os, skip_without, virt_dib
+from helpers import ISOLATIONS, ODD_VALUE, ODD_VARIABLES, Run, make_probe, make_tiny_os, skip_without, virt_dib
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.supermin import cache_dir
@@ -99,10 +99,12 @@ def probe_build(isolation: str, element_dir: Path, tmp_path_factory: pytest.Temp
         [
             "--name", "probe", "--formats", "raw,qcow2", "--size", "1G", "--skip-base", "-p", element_dir,
             "--isolation", isolation, "--envvar", "PROBE_VALUE=two words, 'quotes', $dollar", "--envvar", "DIB_PROBE=1",
+            *(word for name, value in ODD_VARIABLES.items() for word in ("--envvar", f"{name}={value}")),
+            "--envvar", "PROBE_CARRIED", "--envvar", "PROBE_UNSET",
             "--extra-packages", "first,second", "--machine-readable=file:probe.events", "tiny-os", "probe",
         ],
         cwd=tmp_path_factory.mktemp("probe-build"),
-        environment={"HOST_SECRET": "from the host", "TMPDIR": "/var/tmp"},
+        environment={"HOST_SECRET": "from the host", "TMPDIR": "/var/tmp", "PROBE_CARRIED": ODD_VALUE},
     )  # fmt: skip
     assert run.exit_status == 0, run.stdout + run.stderr
     return run

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,19 @@ TESTS = Path(__file__).parent
 _BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
 BUILD_TIMEOUT_S = 900
 ISOLATIONS = ("vm", "sandbox")
+ODD_VALUE = os.fsdecode(b" caf\xe9 \xff\xfe\ttab \x01\x1e\x7f ")
+"""No UTF-8, and characters that steer."""
+ODD_VARIABLES = {
+    "PROBE_LINES": "line 1\nline 2\n\nline 4\n",
+    "PROBE_SHELL": """$HOME ${PATH} $(id) `id` \\ \\n "double" 'single' ~ * ! # ; & | > < ( ) [ ]""",
+    "PROBE_ASCII": "käse 日本 \U0001f4a9",
+    "PROBE_BYTES": ODD_VALUE,
+    "PROBE_EMPTY": "",
+    "PROBE_EQUALS": "=a=b=",
+    "PROBE_BLANKS": "  \t two  blanks  ",
+    "DIB_PROBE_ODD": "line 1\n\"line\" '2' $HOME `id` \\ käse",
+}
+"""What ``--envvar`` gives to the scripts of ``probe_build``."""
 
 
 def make_element(
@@ -85,6 +99,34 @@ def virt_dib(
         check=False,
     )
     return Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=cwd)
+
+
+def tree_stage(
+    arguments: Sequence[str | Path],
+    *,
+    look: str,
+    cwd: Path,
+    environment: Mapping[str, str],
+    user: pwd.struct_passwd | None = None,
+) -> tuple[Run, str]:
+    """Run the tree stage of ``virt-dib ARGUMENTS`` in the sandbox, then *look* in its tree; give what that prints.
+
+    *user*: who runs it; who runs the tests unless given.
+    """
+    become = []
+    if user is not None:
+        become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--"]
+    result = tools.run(
+        [*become, sys.executable, TESTS / "data" / "tree_stage.py", look, *arguments],
+        doing="running the tree stage",
+        cwd=cwd,
+        environment=environment,
+        timeout_s=BUILD_TIMEOUT_S,
+        check=False,
+    )
+    run = Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=cwd)
+    seen = cwd / "look"
+    return run, seen.read_text(errors="surrogateescape") if seen.exists() else ""
 
 
 def skip_without(isolation: str) -> None:

@@ -6,12 +6,14 @@ All of it holds for both isolations. What may differ in the sandbox, docs/isolat
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
-from helpers import Run, files_in_image
+from helpers import ODD_VALUE, ODD_VARIABLES, Run, files_in_image
+from virt_dib import tools
 from virt_dib.spec import Phase, Where
 
 pytestmark = pytest.mark.appliance
@@ -52,6 +54,8 @@ EVERYWHERE = {
     "SKIP_BASE": "1",
     "PROBE_VALUE": "two words, 'quotes', $dollar",
     "DIB_PROBE": "1",
+    **ODD_VARIABLES,
+    "PROBE_CARRIED": ODD_VALUE,
     "PROBE_FROM_ENVIRONMENT": "yes",
     "USER": "root",
     "LOGNAME": "root",
@@ -77,7 +81,7 @@ def probe_dir(probe_build: Run) -> Path:
 
 def environment(probe_dir: Path, phase: Phase) -> dict[str, str]:
     items = (probe_dir / f"{phase.directory}.environment").read_bytes().split(b"\0")
-    return dict(item.decode().split("=", 1) for item in items if item)
+    return dict(os.fsdecode(item).split("=", 1) for item in items if item)
 
 
 def answer(probe_dir: Path, phase: Phase, what: str) -> str:
@@ -107,6 +111,15 @@ def test_variables_that_are_the_same_everywhere(probe_dir: Path, phase: Phase) -
     assert seen["ELEMENTS_PATH"] == "/dib/elements/0:/dib/elements/1"
     assert seen["DIB_ARGS"].endswith("tiny-os probe")
     assert 'declare -x DIB_PROBE="1"' in seen["DIB_ENV"].splitlines()
+    for name, value in ODD_VARIABLES.items():
+        assert f" --envvar {name}={value} " in seen["DIB_ARGS"]
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_dib_env_sets_the_variables_again(probe_dir: Path, phase: Phase) -> None:
+    text = environment(probe_dir, phase)["DIB_ENV"]
+    result = tools.run(["/bin/bash", "-c", f'{text}\nprintf "%s|" "$DIB_PROBE_ODD" "$DIB_PROBE"'], doing="running bash")
+    assert result.stdout == ODD_VARIABLES["DIB_PROBE_ODD"] + "|1|"
 
 
 @pytest.mark.parametrize("phase", Phase)

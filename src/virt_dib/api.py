@@ -42,7 +42,7 @@ from virt_dib.machine_readable import event_json
 from virt_dib.monitor import Display, summary
 from virt_dib.prerequisites import Check, check_host
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
-from virt_dib.spec import BuildSpec, Isolation, Phase
+from virt_dib.spec import BuildSpec, ExtraData, Isolation, Phase
 
 __all__ = [
     "ApplianceError",
@@ -62,6 +62,7 @@ __all__ = [
     "ElementError",
     "ErrorFound",
     "Event",
+    "ExtraData",
     "Firmware",
     "ImagePlan",
     "Interrupted",

@@ -268,6 +268,26 @@ class Appliance:
         inside = self._on_build_disk(directory)
         self._call(doing, self._handle.tar_out, inside, str(target), meanwhile=check)
 
+    def download(self, path: str, target: Path) -> None:
+        """Copy the file *path* of the build disk to the host.
+
+        Raises:
+            ApplianceError: there is no space for it.
+        """
+        doing = f"copying '{path}' out of the appliance"
+        inside = self._on_build_disk(path)
+        self._call(doing, self._handle.download, inside, str(target), meanwhile=self._check_host_space)
+
+    def upload(self, source: Path, path: str) -> None:
+        """Copy a file of the host to *path* on the build disk.
+
+        Raises:
+            ApplianceError: there is no space for it.
+        """
+        inside = self._on_build_disk(path)
+        doing = f"copying '{path}' into the appliance"
+        self._call(doing, self._handle.upload, str(source), inside, meanwhile=self._check_host_space)
+
     # ---- inside ----
 
     def _on_build_disk(self, path: str) -> str:

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import disk_stage, kvm, layout, network, sandbox, staging, supermin, tools
+from virt_dib import disk_stage, extra_data, kvm, layout, network, sandbox, staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, cancellable
+from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import open_outputs
@@ -32,6 +34,8 @@ from virt_dib.workspace import open_workspace
 
 _STARTING_APPLIANCE = "starting the appliance"
 _STARTING_SANDBOX = "starting the sandbox"
+_COPYING_TO_HOST = "copying the tree to the host"
+_COPYING_BACK = "copying back what has changed"
 _MAKING_BUILD_DISK = "making the build disk"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _MANIFESTS = "dib-manifests"
@@ -93,7 +97,9 @@ def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, mo
 def _steps(plan: BuildPlan) -> int:
     """How many phases and steps a build has, about."""
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
-    return 1 + len(phases) + len(disk_stage.STEPS) + 1 + bool(plan.spec.extra_packages) + bool(plan.image_cache)
+    copying = 2 if plan.facts.on_host is not None and Phase.EXTRA_DATA in phases else 0
+    more = bool(plan.spec.extra_packages) + bool(plan.image_cache) + copying
+    return 1 + len(phases) + len(disk_stage.STEPS) + 1 + more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,13 +249,15 @@ class _Build:
     def _in_appliance(self, verdict: Verdict) -> Iterator[tuple[Appliance, int]]:
         """Both stages in the appliance; gives it and the size of the image in bytes."""
         self._plan.staging.make_disk(self._build_disk.path)
+        host = self._host()
         remove_tree(self._plan.staging.directory)
         with contextlib.ExitStack() as stack:
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance = self._start_appliance(stack, verdict)
                 appliance.prepare()
             stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path)
-            tree_kib = make_tree(self._plan, self._phases, appliance)
+            open_host = None if host is None else functools.partial(self._host_with_copy, host, appliance)
+            tree_kib = make_tree(self._plan, self._phases, appliance, open_host=open_host)
             yield appliance, stage.make_image(tree_kib, None)
 
     @contextlib.contextmanager
@@ -258,12 +266,20 @@ class _Build:
         plan = self._plan
         early = Disk(path=self._workspace / "early.img", label="early")
         plan.staging.make_disk(early.path)
+        host = self._host()
         _make_sparse(self._build_disk.path, staging.BUILD_DISK_BYTES)
         with contextlib.ExitStack() as stack:
             with self._phases.step(_STARTING_SANDBOX):
                 box = stack.enter_context(open_sandbox(self._sandbox_settings()))
                 appliance = self._start_appliance(stack, verdict, early)
-            tree_kib = make_tree(plan, self._phases, box, meanwhile=appliance.check_starting)
+            open_host = (
+                None
+                if host is None
+                else functools.partial(
+                    extra_data.open_host, host, extra_data.Content(directory=box.directory, ids=box.ids)
+                )
+            )
+            tree_kib = make_tree(plan, self._phases, box, meanwhile=appliance.check_starting, open_host=open_host)
             with self._phases.step(_MAKING_BUILD_DISK):
                 box.make_build_disk(self._build_disk.path, plan.layout.parts)
             if not plan.layout.parts:
@@ -273,13 +289,31 @@ class _Build:
             stage = DiskStage(plan, self._phases, appliance, self._image_disk.path)
             yield appliance, stage.make_image(tree_kib, box if plan.layout.parts else None)
 
+    def _host(self) -> extra_data.Host | None:
+        """The host to run extra-data.d on, if that is wanted."""
+        if self._plan.facts.on_host is None:
+            return None
+        return extra_data.prepare(self._plan.facts, self._plan.staging, self._workspace / "on-host")
+
+    @contextlib.contextmanager
+    def _host_with_copy(self, host: extra_data.Host, appliance: Appliance) -> Iterator[Runner]:
+        """The host, with the tree that is in the appliance."""
+        with self._phases.step(_COPYING_TO_HOST):
+            copy = extra_data.copy_from(host, appliance)
+        with extra_data.open_host(host, copy.content) as runner:
+            yield runner
+        with self._phases.step(_COPYING_BACK):
+            extra_data.copy_back(host, copy, appliance)
+
     def _sandbox_settings(self) -> sandbox.Settings:
         spec = self._plan.spec
         spare_bytes = sandbox.spare_memory_bytes()
         # A tree that does not fit into the image is of no use; so memory will do where it holds that much and more.
         besides_bytes = _BESIDES_THE_TREE_BYTES + (self._plan.image_cache.size_bytes if self._plan.image_cache else 0)
         wanted_bytes = None if spec.size_bytes is None else spec.size_bytes + besides_bytes
-        enough = spare_bytes is not None and wanted_bytes is not None and wanted_bytes <= spare_bytes
+        # What is in memory, only the sandbox sees.
+        on_host = self._plan.facts.on_host is not None
+        enough = not on_host and spare_bytes is not None and wanted_bytes is not None and wanted_bytes <= spare_bytes
         return sandbox.Settings(
             directory=self._plan.staging.finish(),
             network=spec.network,

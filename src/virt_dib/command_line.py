@@ -21,6 +21,7 @@ from virt_dib.spec import (
     LABEL_LIMITS,
     NUMBERS,
     BuildSpec,
+    ExtraData,
     Isolation,
     check_arch,
     check_label,
@@ -144,6 +145,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
         image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None),
+        extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST),
         delete_on_failure=not given.keep_on_failure,
         compress=not given.uncompressed,
         qemu_img_options=given.qemu_img_options or "",
@@ -219,6 +221,11 @@ def _isolation(text: str | None, environ: Mapping[str, str]) -> Isolation:
     if text is None and environ.get(ISOLATION_VARIABLE):
         what, text = f"value of the variable {ISOLATION_VARIABLE}", environ[ISOLATION_VARIABLE]
     return Isolation(_choice(what, text, [one.value for one in Isolation], Isolation.VM.value))
+
+
+def _extra_data(text: str | None) -> ExtraData:
+    known = [one.value for one in ExtraData]
+    return ExtraData(_choice("value of --extra-data", text, known, ExtraData.GUEST.value))
 
 
 def _size(text: str | None, variables: Mapping[str, str]) -> int | None:

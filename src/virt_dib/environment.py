@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from virt_dib.elements import Element
-from virt_dib.spec import BuildSpec, Phase, Where
+from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, Phase, Where
 
 GUEST = "/dib"
 """Where the guest sees the build disk."""
@@ -25,6 +25,8 @@ CACHE = f"{HOME}/.cache/image-create"
 """Where DIB and some elements have the image cache, whatever they are told."""
 OUT = f"{GUEST}/out"
 SITE = f"{GUEST}/site"
+RUNNER_BIN = f"{GUEST}/bin"
+"""Where sudo is when extra-data.d runs on the host."""
 PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,8 +45,23 @@ class BlockDevices:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OnHost:
+    """What extra-data.d finds elsewhere when it runs on the host; paths are those of the host."""
+
+    library_dir: str
+    python: str
+    element_dirs: Mapping[str, str]
+    elements_path: Sequence[str]
+    image_cache: str
+    home: str
+    working_directory: str
+    build_dir: str
+    """With the tree and the hooks in it. DIB's element source-repositories wants it to have a dot in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What the values are made of. The last four are known only once the image disk is."""
+    """What the values are made of. The last three are known only once the image disk is."""
 
     spec: BuildSpec
     elements: Sequence[Element]
@@ -55,6 +72,8 @@ class Facts:
     block_devices: BlockDevices
     host_environment: Mapping[str, str] = field(default_factory=dict)
     """The environment of virt-dib, for extra-data.d."""
+    on_host: OnHost | None = None
+    """Where extra-data.d runs on the host."""
     image_size_kib: int | None = None
     image_block_device: str | None = None
     image_block_devices: str | None = None
@@ -185,6 +204,8 @@ _OF_THE_HOST_ONLY = re.compile(
 """Variables that mean something only on the host: places, sockets, sessions, loaders."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_USERS_OWN = frozenset({"HOME", "PATH", "USER", "LOGNAME", "SHELL", "TERM"})
+"""What extra-data.d has from the host when it runs there."""
 
 
 def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
@@ -193,11 +214,16 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
     What the user set is there in every phase. extra-data.d sees the host's environment besides
     (manual, section ENVIRONMENT VARIABLES), without the variables that mean something only there.
     """
+    on_host = facts.on_host if phase is Phase.EXTRA_DATA else None
     variables: dict[str, str] = {}
-    if phase is Phase.EXTRA_DATA:
+    if on_host is not None:
+        variables.update(_whole(facts.host_environment))
+    elif phase is Phase.EXTRA_DATA:
         variables.update(from_host(facts.host_environment))
     variables.update(facts.spec.variables)
     for variable in _TABLE:
+        if on_host is not None and variable.name in _USERS_OWN:
+            continue
         if variable.user_wins and variable.name in facts.spec.variables:
             continue
         value = variable.value(facts, phase)
@@ -205,11 +231,40 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
             variables[variable.name] = value
         elif variable.name not in facts.spec.variables:
             variables.pop(variable.name, None)
+    if on_host is not None:
+        variables.update(_of_host(facts, on_host))
     if phase.where is Where.CHROOT:
         # They name places outside (DIB's run_in_target).
         variables.pop("TMPDIR", None)
         variables.pop("VIRTUAL_ENV", None)
     return variables
+
+
+def _of_host(facts: Facts, on_host: OnHost) -> dict[str, str]:
+    """What differs in extra-data.d on the host, where the user's own environment is below everything."""
+    path = facts.host_environment.get("PATH") or SYSTEM_PATH
+    python_path = facts.host_environment.get("PYTHONPATH")
+    return {
+        "HOME": facts.spec.variables.get("HOME") or on_host.home,
+        # Our sudo first; DIB's modules after those of the user, for each python3 there is.
+        "PATH": f"{RUNNER_BIN}:{facts.spec.variables.get('PATH') or path}",
+        "PYTHONPATH": f"{python_path}:{SITE}" if python_path else SITE,
+        "TMPDIR": "/tmp",  # noqa: S108 - the phase's own
+        "_LIB": on_host.library_dir,
+        "DIB_PYTHON_EXEC": on_host.python,
+        "ELEMENTS_PATH": ":".join(on_host.elements_path),
+        "IMAGE_ELEMENT_YAML": yaml.safe_dump(dict(on_host.element_dirs)),
+        "DIB_IMAGE_CACHE": on_host.image_cache,
+        "DIB_LOCKFILES": "/tmp/lockfiles",  # noqa: S108
+        "TMP_BUILD_DIR": on_host.build_dir,
+        "TMP_HOOKS_PATH": f"{on_host.build_dir}/hooks",
+        "TMP_MOUNT_PATH": f"{on_host.build_dir}/mnt",
+    }
+
+
+def working_directory(facts: Facts, phase: Phase) -> str:
+    """Where the scripts of a *phase* outside the chroot start."""
+    return facts.on_host.working_directory if phase is Phase.EXTRA_DATA and facts.on_host is not None else OUT
 
 
 def functions(facts: Facts, phase: Phase) -> str:
@@ -219,7 +274,9 @@ def functions(facts: Facts, phase: Phase) -> str:
     """
     if phase.where is Where.CHROOT:
         return ""
-    array = "".join(f"[{name}]={path} " for name, path in facts.element_dirs.items())
+    on_host = facts.on_host if phase is Phase.EXTRA_DATA else None
+    dirs = on_host.element_dirs if on_host is not None else facts.element_dirs
+    array = "".join(f"[{name}]={path} " for name, path in dirs.items())
     return (
         'die() { local exitcode=$?; set +o xtrace; echo "$@"; exit $exitcode; }\n'
         f"get_image_element_array() {{ echo {shlex.quote(array)}; }}\n"
@@ -245,6 +302,12 @@ def _declared(value: str) -> str:
         escaped = escaped.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
         return "$'" + _CONTROL.sub(lambda match: f"\\{ord(match[0]):03o}", escaped) + "'"
     return '"' + re.sub(r'([\\"$`])', r"\\\1", value) + '"'
+
+
+def _whole(environment: Mapping[str, str]) -> dict[str, str]:
+    """The host's environment, as far as bash can have it; its places for temporary files are not there."""
+    left_out = VARIABLES_OF_BASH | {"TMP", "TEMP", "TMP_DIR", "_"}
+    return {name: value for name, value in environment.items() if _NAME.fullmatch(name) and name not in left_out}
 
 
 def from_host(environment: Mapping[str, str]) -> dict[str, str]:

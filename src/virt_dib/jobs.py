@@ -51,8 +51,8 @@ class JobResult:
             raise ApplianceError(f"{doing}: failed with exit status {self.exit_status}: {said}")
 
 
-class Place(Protocol):
-    """Where jobs run: the appliance, or the sandbox. Paths are those below ``/dib``."""
+class Runner(Protocol):
+    """Where scripts can be run. Paths are those below ``/dib``."""
 
     def run(
         self,
@@ -76,6 +76,10 @@ class Place(Protocol):
 
     def is_directory(self, path: str) -> bool:
         """Whether *path* is a directory."""
+
+
+class Place(Runner, Protocol):
+    """Where the phases run: the appliance, or the sandbox."""
 
     def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
         """The beginning of the file *path*.

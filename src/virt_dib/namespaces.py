@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import pwd
 import secrets
+import select
 import socket
 import stat
+import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import termios
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from virt_dib import layout, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
-from virt_dib.interrupts import shielded
+from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
+from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
 
 IDS = 1 << 16
 """How many user ids, and group ids, a sandbox has."""
@@ -31,14 +36,20 @@ PROCESS_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 """What sandbox-init.py and our own programs in a sandbox get."""
 
 _MESSAGE_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 20
 _END_TIMEOUT_S = 10.0
 _PRIVATE_FIRST, _PRIVATE_LAST = 0x80000, 0x6FFF0000
 """Where root's private ranges are: those that systemd has set aside for containers."""
 _NO_NEW_PRIVILEGES = 39
 """prctl's PR_GET_NO_NEW_PRIVS."""
 
+OTHER_ROOT = IDS
+"""Where the user is 0, the number of what is 0 in the sandbox."""
+
 _Range = tuple[int, int]
 """First id on the host, and how many."""
+_MapLine = tuple[int, int, int]
+"""First id inside, first id on the host, and how many (user_namespaces(7))."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,20 +67,54 @@ class Ids:
         Raises:
             ToolError: newuidmap refuses it.
         """
-        for program, ranges, own in (("newuidmap", self.uids, os.geteuid()), ("newgidmap", self.gids, os.getegid())):
-            lines, inside = [], 0
-            for first, count in ranges:
-                lines.append((inside, first, count))
-                inside += count
-            if with_own and not any(first <= own < first + count for first, count in ranges):
-                lines.append((inside, own, 1))
-            if os.geteuid() == 0:
-                text = "".join(f"{' '.join(map(str, line))}\n" for line in lines)
-                Path(f"/proc/{process}/{program[3:6]}_map").write_text(text)
-            else:
-                words = [str(number) for line in lines for number in line]
-                path = tools.require(program, purpose="use subordinate ids", package="uidmap")
-                tools.run([path, str(process), *words], doing="mapping the user's subordinate ids")
+        lines = {}
+        for kind, ranges, own in self._kinds():
+            lines[kind] = list(_numbered(ranges, 0))
+            if with_own and not _holds(ranges, own):
+                lines[kind].append((IDS, own, 1))
+        _write_maps(process, lines)
+
+    def map_as_user(self, process: int) -> None:
+        """As :meth:`map`, but 0 is the user, and OTHER_ROOT what is 0 in the sandbox.
+
+        Raises:
+            ToolError: newuidmap refuses it.
+        """
+        lines = {}
+        for kind, ranges, own in self._kinds():
+            (first, count), *others = ranges
+            lines[kind] = list(_numbered(ranges, 0))
+            # Root of a container with no ids to spare is the sandbox's root already.
+            if not _holds(ranges, own):
+                rest = [(first + 1, count - 1)] if count > 1 else []
+                lines[kind] = [(0, own, 1), *_numbered([*rest, *others], 1), (OTHER_ROOT, first, 1)]
+        _write_maps(process, lines)
+
+    def _kinds(self) -> Iterator[tuple[str, tuple[_Range, ...], int]]:
+        yield "uid", self.uids, os.geteuid()
+        yield "gid", self.gids, os.getegid()
+
+
+def _holds(ranges: Sequence[_Range], number: int) -> bool:
+    return any(first <= number < first + count for first, count in ranges)
+
+
+def _numbered(ranges: Sequence[_Range], inside: int) -> Iterator[_MapLine]:
+    """The lines of a map that gives *ranges* the numbers from *inside* on."""
+    for first, count in ranges:
+        yield inside, first, count
+        inside += count
+
+
+def _write_maps(process: int, lines: Mapping[str, Sequence[_MapLine]]) -> None:
+    for kind, kind_lines in lines.items():
+        if os.geteuid() == 0:
+            text = "".join(f"{' '.join(map(str, line))}\n" for line in kind_lines)
+            Path(f"/proc/{process}/{kind}_map").write_text(text)
+        else:
+            words = [str(number) for line in kind_lines for number in line]
+            path = tools.require(f"new{kind}map", purpose="use subordinate ids", package="uidmap")
+            tools.run([path, str(process), *words], doing="mapping the user's subordinate ids")
 
 
 def id_problems() -> Iterator[Problem]:
@@ -259,17 +304,100 @@ class Inside:
             self.receive()
             raise
 
+    # ---- jobs ----
+
+    def run(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        on_output: Callable[[bytes], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> JobResult:
+        """Run *command* as :meth:`virt_dib.jobs.Place.run` has it."""
+        token = secrets.token_hex(12) if on_event is not None else None
+        text = job_text(command, variables, cwd, functions=functions, token=token)
+        tail = Tail()
+        output = on_output or tail.add
+        splitter = Splitter((token or secrets.token_hex(12)).encode())
+
+        def sort(data: bytes) -> None:
+            for piece in splitter.feed(data):
+                if isinstance(piece, bytes):
+                    output(piece)
+                elif on_event is not None:
+                    on_event(piece)
+
+        with open("/dev/null", "rb") as nothing:
+            status = self.run_text(text, nothing.fileno(), sort)
+        if rest := splitter.end():
+            output(rest)
+        return JobResult(exit_status=status, tail=tail.text())
+
+    def run_text(self, text: bytes, standard_input: int, on_output: Callable[[bytes], None]) -> int:
+        """Run the bash *text* of a job; return its exit status.
+
+        Raises:
+            ApplianceError: the first process is dead, or does not do it.
+        """
+        # The text itself comes as descriptor 3, which is none of the job's business.
+        with in_memory(b"exec 3<&-\n" + text) as job:
+            self.send(b"job", job.fileno(), standard_input)
+        message, descriptors = self.receive()
+        if message != "output" or len(descriptors) != 1:
+            raise ApplianceError("running the sandbox: it does not start the job")
+        with open(descriptors[0], "rb", buffering=0) as pipe:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
+            return self._follow(pipe, on_output)
+
+    def _follow(self, pipe: IO[bytes], on_output: Callable[[bytes], None]) -> int:
+        """Pass on what the job prints until it ends; return its status."""
+        sources: list[IO[bytes] | socket.socket] = [self.socket, pipe]
+        while True:
+            ready = select.select(sources, [], [], CHECK_INTERVAL_S)[0]
+            check_cancelled()
+            if pipe in ready:
+                data = pipe.read(_CHUNK_BYTES)
+                if data:
+                    on_output(data)
+                else:
+                    sources.remove(pipe)
+            if self.socket in ready:
+                word, _, status = self.receive()[0].partition(" ")
+                if word != "exit" or not STATUS.fullmatch(status):
+                    raise ApplianceError("running the sandbox: it does not say how the job ended")
+                # All that the job wrote is in the pipe now. A process it left behind may go on writing there.
+                left = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
+                while left:
+                    data = pipe.read(left)
+                    left -= len(data)
+                    on_output(data)
+                return int(status)
+
 
 @contextlib.contextmanager
-def inside_namespace(arguments: Sequence[str], directory: Path) -> Iterator[Inside]:
-    """Start ``sandbox-init.py`` in *directory*; when the block ends it is gone, and with it all it has started."""
+def in_memory(data: bytes) -> Iterator[IO[bytes]]:
+    """A file of *data* that has no name."""
+    with open(os.memfd_create("virt-dib"), "wb+") as stream:
+        stream.write(data)
+        stream.flush()
+        stream.seek(0)
+        yield stream
+
+
+@contextlib.contextmanager
+def inside_namespace(arguments: Sequence[str], directory: Path, program: str = "sandbox-init.py") -> Iterator[Inside]:
+    """Start *program* in *directory*; when the block ends it is gone, and with it all it has started."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with (
         ours,
         theirs,
         tempfile.TemporaryFile() as output,
         tools.started(
-            [*init_command(), *arguments],
+            [*init_command(program), *arguments],
             environment=PROCESS_ENVIRONMENT,
             stdin=theirs.fileno(),
             stdout=output.fileno(),
@@ -290,9 +418,9 @@ def inside_namespace(arguments: Sequence[str], directory: Path) -> Iterator[Insi
                     process.wait(_END_TIMEOUT_S)
 
 
-def init_command() -> list[str]:
-    """The command that starts sandbox-init.py."""
-    return [sys.executable, "-I", "-S", str(layout.guest_script("sandbox-init.py"))]
+def init_command(program: str = "sandbox-init.py") -> list[str]:
+    """The command that starts a first process."""
+    return [sys.executable, "-I", "-S", str(layout.guest_script(program))]
 
 
 @contextlib.contextmanager

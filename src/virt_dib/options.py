@@ -122,6 +122,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work; "
             f"{ISOLATION_VARIABLE} sets the default",
         ),
+        _value(
+            "--extra-data", "extra_data", "WHERE",
+            "run the scripts of extra-data.d with the others, in the 'guest' (default), or on this 'host', where "
+            "they can read what you can: keys, credentials, local repositories",
+        ),
         _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
         _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
         _flag("--network", "network", "scripts may use the network (default)"),
@@ -191,6 +196,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "size": ("auto", "5G", "10G"),
     "fs_type": tuple(LABEL_LIMITS),
     "isolation": ("vm", "sandbox", "auto"),
+    "extra_data": ("guest", "host"),
     "kvm": ("auto", "on", "off"),
 }
 """What completion offers as values, by destination; nothing for one that is not here."""
@@ -231,6 +237,7 @@ class Given:
     kvm: str | None = None
     isolation: str | None = None
     machine_readable: str | None = None
+    extra_data: str | None = None
     quiet: bool = False
     verbose: bool = False
     trace: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from virt_dib import environment as contract
 from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
-from virt_dib.jobs import STATUS, Event, JobResult, Place
+from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
 from virt_dib.prerequisites import tools_not_found
 from virt_dib.report import PhaseResult, ScriptResult
@@ -35,25 +35,27 @@ class Phases:
         self.monitor = monitor
         self.results: list[PhaseResult] = []
 
-    def run(self, place: Place, phase: Phase, facts: Facts) -> None:
+    def run(self, place: Runner, phase: Phase, facts: Facts) -> None:
         """Run the scripts of *phase*, if it has any.
 
         Raises:
             ScriptError: naming the one that failed.
         """
-        if not place.is_directory(f"{contract.HOOKS}/{phase.directory}"):
+        variables = contract.for_phase(facts, phase)
+        hooks = variables["TMP_HOOKS_PATH"]
+        if not place.is_directory(f"{hooks}/{phase.directory}"):
             return
         scripts = _PhaseScripts(phase, self._owners, self.monitor)
         if phase.where is Where.CHROOT:
-            command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, contract.HOOKS, phase.directory]
+            command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, hooks, phase.directory]
             cwd = "/"
         else:
-            command = [f"{GUEST_SCRIPTS}/run-phase.sh", f"{contract.HOOKS}/{phase.directory}"]
-            cwd = contract.OUT
+            command = [f"{GUEST_SCRIPTS}/run-phase.sh", f"{hooks}/{phase.directory}"]
+            cwd = contract.working_directory(facts, phase)
         begun = time.monotonic()
         result = place.run(
             command,
-            contract.for_phase(facts, phase),
+            variables,
             cwd,
             functions=contract.functions(facts, phase),
             on_output=self.monitor.output,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import dib, elements, formats, hooks, image_cache, layout, prerequisites, sandbox, tools
+from virt_dib import dib, elements, extra_data, formats, hooks, image_cache, layout, prerequisites, sandbox, tools
 from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
@@ -21,7 +21,7 @@ from virt_dib.formats import DiskFormat
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
-from virt_dib.spec import BuildSpec, check_label, check_spec, check_texts
+from virt_dib.spec import BuildSpec, ExtraData, check_label, check_spec, check_texts
 from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
@@ -71,6 +71,8 @@ def make_plan(
     found = _Findings(problems)
     if in_sandbox:
         found.add(sandbox.problems(network=spec.network))
+    elif spec.extra_data is ExtraData.HOST:
+        found.add(extra_data.problems())
     with _room(workspace):
         return _decide(spec, workspace, found, environ)
 
@@ -105,6 +107,11 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     if tree is None or disk is None or host_files is None:
         raise AssertionError
     _fill(staging, installation, disk)
+    on_host = None
+    if spec.extra_data is ExtraData.HOST:
+        on_host = extra_data.find_on_host(
+            spec, installation, chosen, search_path=search_path, environ=environ, workspace=workspace
+        )
     places = staging.add_elements(chosen, search_path)
     for file in host_files:
         found.tell(functools.partial(staging.add_host_file, file))
@@ -127,6 +134,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
             elements_path=_guest_search_path(len(search_path), places),
             block_devices=disk.block_devices,
             host_environment=environ,
+            on_host=on_host,
         ),
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
         cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),

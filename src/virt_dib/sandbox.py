@@ -13,14 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import secrets
-import select
-import socket
-import struct
 import tempfile
-import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +23,8 @@ from typing import IO
 from virt_dib import environment as contract
 from virt_dib import staging, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
-from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
-from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
+from virt_dib.interrupts import shielded
+from virt_dib.jobs import Event, JobResult, Tail, job_text
 from virt_dib.layout import Part
 from virt_dib.namespaces import (
     PROCESS_ENVIRONMENT,
@@ -38,6 +32,7 @@ from virt_dib.namespaces import (
     find_ids,
     finish,
     id_problems,
+    in_memory,
     init_command,
     inside_namespace,
     owner,
@@ -45,7 +40,6 @@ from virt_dib.namespaces import (
 from virt_dib.network import NAMESERVER, connected
 from virt_dib.network import problem as network_problem
 
-_CHUNK_BYTES = 1 << 20
 _PYTHON = Path("/usr/bin/python3")
 _USUAL_TREE_BYTES = 4 << 30
 
@@ -199,6 +193,16 @@ class Sandbox:
             if self._removing is not None:
                 self._removing.close()
 
+    @property
+    def directory(self) -> Path:
+        """The content of ``/dib``, unless that is in memory. Only root of the sandbox may look into all of it."""
+        return self._settings.directory
+
+    @property
+    def ids(self) -> Ids:
+        """Whom that belongs to."""
+        return self._ids
+
     # ---- work ----
 
     def run(
@@ -212,24 +216,7 @@ class Sandbox:
         on_event: Callable[[Event], None] | None = None,
     ) -> JobResult:
         """Run *command* as :meth:`virt_dib.jobs.Place.run` has it."""
-        token = secrets.token_hex(12) if on_event is not None else None
-        text = job_text(command, variables, cwd, functions=functions, token=token)
-        tail = Tail()
-        output = on_output or tail.add
-        splitter = Splitter((token or secrets.token_hex(12)).encode())
-
-        def sort(data: bytes) -> None:
-            for piece in splitter.feed(data):
-                if isinstance(piece, bytes):
-                    output(piece)
-                elif on_event is not None:
-                    on_event(piece)
-
-        with open("/dev/null", "rb") as nothing:
-            status = self._run(text, nothing.fileno(), sort)
-        if rest := splitter.end():
-            output(rest)
-        return JobResult(exit_status=status, tail=tail.text())
+        return self._inside.run(command, variables, cwd, functions=functions, on_output=on_output, on_event=on_event)
 
     def is_directory(self, path: str) -> bool:
         """Whether *path*, below ``/dib``, is a directory."""
@@ -255,7 +242,7 @@ class Sandbox:
             ApplianceError: it cannot be written.
         """
         text = job_text(["/bin/bash", "-c", 'exec cat >"$1"', "bash", _in_build(path)], PROCESS_ENVIRONMENT, "/")
-        with _in_memory(data) as stream:
+        with in_memory(data) as stream:
             self._kept(text, stream.fileno()).check(f"writing '{path}' in the sandbox")
 
     def archive(self, directory: str, target: Path, *, limit_bytes: int) -> None:
@@ -314,43 +301,7 @@ class Sandbox:
 
     def _kept(self, text: bytes, standard_input: int) -> JobResult:
         tail = Tail()
-        return JobResult(exit_status=self._run(text, standard_input, tail.add), tail=tail.text())
-
-    def _run(self, text: bytes, standard_input: int, on_output: Callable[[bytes], None]) -> int:
-        # The text itself comes as descriptor 3, which is none of the job's business.
-        with _in_memory(b"exec 3<&-\n" + text) as job:
-            self._inside.send(b"job", job.fileno(), standard_input)
-        message, descriptors = self._inside.receive()
-        if message != "output" or len(descriptors) != 1:
-            raise ApplianceError("running the sandbox: it does not start the job")
-        with open(descriptors[0], "rb", buffering=0) as pipe:
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
-            return self._follow(pipe, on_output)
-
-    def _follow(self, pipe: IO[bytes], on_output: Callable[[bytes], None]) -> int:
-        """Pass on what the job prints until it ends; return its status."""
-        sources: list[IO[bytes] | socket.socket] = [self._inside.socket, pipe]
-        while True:
-            ready = select.select(sources, [], [], CHECK_INTERVAL_S)[0]
-            check_cancelled()
-            if pipe in ready:
-                data = pipe.read(_CHUNK_BYTES)
-                if data:
-                    on_output(data)
-                else:
-                    sources.remove(pipe)
-            if self._inside.socket in ready:
-                word, _, status = self._inside.receive()[0].partition(" ")
-                if word != "exit" or not STATUS.fullmatch(status):
-                    raise ApplianceError("running the sandbox: it does not say how the job ended")
-                # All that the job wrote is in the pipe now. A process it left behind may go on writing there.
-                left = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
-                while left:
-                    data = pipe.read(left)
-                    left -= len(data)
-                    on_output(data)
-                return int(status)
+        return JobResult(exit_status=self._inside.run_text(text, standard_input, tail.add), tail=tail.text())
 
 
 def _with_offset(options: Sequence[str], offset_bytes: int) -> list[str]:
@@ -382,16 +333,6 @@ def _for_sandbox(path: Path) -> Iterator[IO[bytes]]:
             yield stream
         finally:
             os.fchmod(stream.fileno(), 0o600)
-
-
-@contextlib.contextmanager
-def _in_memory(data: bytes) -> Iterator[IO[bytes]]:
-    """A file of *data* that has no name."""
-    with open(os.memfd_create("virt-dib"), "wb+") as stream:
-        stream.write(data)
-        stream.flush()
-        stream.seek(0)
-        yield stream
 
 
 @contextlib.contextmanager

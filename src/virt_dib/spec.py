@@ -34,6 +34,15 @@ class Isolation(enum.Enum):
     """The appliance where KVM works, otherwise the sandbox where that works."""
 
 
+class ExtraData(enum.Enum):
+    """Where the scripts of extra-data.d run (docs/extra-data.md)."""
+
+    GUEST = "guest"
+    """Where the others of the tree stage do, with copies of the host's files that variables name."""
+    HOST = "host"
+    """On the host as the user, who can read more there; they can write to the build and the image cache only."""
+
+
 class Phase(enum.Enum):
     """The hook directories of elements, in the order they run (contract section 1.4)."""
 
@@ -129,6 +138,7 @@ class BuildSpec:
     excluded_scripts: frozenset[str] = frozenset()
     image_cache: Path | None = None
     """A directory of the host for what the elements cache; None: nothing is kept (docs/caches.md)."""
+    extra_data: ExtraData = ExtraData.GUEST
     delete_on_failure: bool = True
     compress: bool = True
     qemu_img_options: str = ""
@@ -148,7 +158,8 @@ LARGEST_DISK_BYTES = 2**60
 _LABEL = re.compile(r"""[!-~]+""")
 _NOT_IN_LABELS = frozenset("/'\"`\\,")
 """They would end or change the label in fstab, in bootloaders' files, in device paths."""
-_VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
+VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
+"""Bash's own, which nobody can set."""
 
 
 def check_texts(spec: BuildSpec) -> None:
@@ -236,7 +247,7 @@ def check_variable(name: str, value: str) -> None:
             f"cannot use '{name}' as the name of a variable in --envvar",
             hint="give NAME or NAME=VALUE, the name of letters, digits and underscores, no digit first",
         )
-    if name in _VARIABLES_OF_BASH:
+    if name in VARIABLES_OF_BASH:
         raise UsageError(f"cannot set the variable '{name}' for elements: it is bash's own and read-only")
     if "\0" in value:
         raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")

@@ -98,6 +98,8 @@ class Staging:
         for name in _DIRECTORIES:
             (directory / name).mkdir(parents=True)
         self._host_files: list[str] = []
+        self.host_file_sources: list[Path] = []
+        """What :meth:`add_host_file` has put in, on the host."""
 
     @property
     def hooks_dir(self) -> Path:
@@ -170,6 +172,7 @@ class Staging:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._copy(file.source, target)
             self._host_files.append(file.inside)
+            self.host_file_sources.append(file.source)
 
     def write(self, name: str, text: str) -> None:
         """Write the file *name*, relative to the top."""

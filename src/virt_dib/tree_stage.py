@@ -11,7 +11,7 @@ from virt_dib import environment as contract
 from virt_dib import image_cache, staging
 from virt_dib.errors import ApplianceError, ScriptError
 from virt_dib.image_cache import ImageCache
-from virt_dib.jobs import Place
+from virt_dib.jobs import Place, Runner
 from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script
 from virt_dib.plan import BuildPlan
 from virt_dib.spec import TREE_PHASES, Phase
@@ -23,10 +23,18 @@ _NO_TREE_STATUS = 3
 _MOST_NAMES = 20
 
 
-def make_tree(plan: BuildPlan, phases: Phases, place: Place, *, meanwhile: Callable[[], None] = lambda: None) -> int:
+def make_tree(
+    plan: BuildPlan,
+    phases: Phases,
+    place: Place,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+    open_host: Callable[[], contextlib.AbstractContextManager[Runner]] | None = None,
+) -> int:
     """Run the phases; return the size of the finished tree in KiB, as DIB measures it.
 
-    *meanwhile* is called before each phase; what it raises ends the stage.
+    *meanwhile* is called before each phase; what it raises ends the stage. *open_host* gives the host to run
+    extra-data.d on, over the tree that *place* has made so far, and has the tree where it was at its end.
 
     Raises:
         ScriptError: a script failed, or root.d left no tree.
@@ -35,7 +43,11 @@ def make_tree(plan: BuildPlan, phases: Phases, place: Place, *, meanwhile: Calla
     with _cache_kept(plan, phases, place):
         for phase in TREE_PHASES:
             meanwhile()
-            phases.run(place, phase, plan.facts)
+            if phase is not Phase.EXTRA_DATA or open_host is None:
+                phases.run(place, phase, plan.facts)
+            elif place.is_directory(f"{contract.HOOKS}/{phase.directory}"):
+                with open_host() as host:
+                    phases.run(host, phase, plan.facts)
             if phase is Phase.ROOT:
                 _after_root(plan, place)
             elif phase is Phase.INSTALL and plan.spec.extra_packages:
@@ -86,13 +98,25 @@ def _cache_script(place: Place, *arguments: str) -> None:
 
 
 def _after_root(plan: BuildPlan, place: Place) -> None:
-    result = guest_script(place, "tree.sh", "after_root", contract.TREE, contract.HOOKS, plan.spec.install_type)
+    words = (contract.TREE, contract.HOOKS, plan.spec.install_type, *_manifest_directories(plan))
+    result = guest_script(place, "tree.sh", "after_root", *words)
     if result.exit_status == _NO_TREE_STATUS:
         raise ScriptError(
             "root.d ended without a root file system in place",
             hint="the operating-system element must fill $TARGET_ROOT in its root.d",
         )
     result.check("preparing the tree after root.d")
+
+
+def _manifest_directories(plan: BuildPlan) -> tuple[str, ...]:
+    """What source-repositories wants to be there.
+
+    It makes a name of what is behind the last dot of TMP_MOUNT_PATH, where DIB's own path has one.
+    """
+    if plan.facts.on_host is not None or all(element.name != "source-repositories" for element in plan.elements):
+        return ()
+    cache = contract.for_phase(plan.facts, Phase.EXTRA_DATA)["DIB_IMAGE_CACHE"]
+    return (f"{cache}/source-repositories/dib-manifest-git-{plan.spec.name}_{contract.BUILD_DIR.rpartition('/')[0]}",)
 
 
 def _install_packages(plan: BuildPlan, phases: Phases, place: Place) -> None:

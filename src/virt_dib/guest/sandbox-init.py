@@ -33,7 +33,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -145,13 +145,18 @@ def mount(source: str, target: str, kind: str | None = None, flags: int = 0, opt
 
 
 def bind_read_only(source: str, target: str) -> None:
-    """Show a directory of the host with all that is mounted in it, to be read only."""
+    """Show a file or directory of the host with all that is mounted in it, to be read only."""
     mount(source, target, flags=MS_BIND | MS_REC)
-    attributes = struct.pack("4Q", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
+    restrict(target, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)
+
+
+def restrict(target: str, attributes: int) -> None:
+    """Give a mount, and those in it, more MOUNT_ATTR."""
+    change = struct.pack("4Q", attributes, 0, 0, 0)
     result = libc.syscall(
-        SYS_MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes))
+        SYS_MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), AT_RECURSIVE, change, ctypes.c_size_t(len(change))
     )
-    checked(result, f"making '{source}' read-only")
+    checked(result, f"restricting the mount '{target}'")
 
 
 def die_with_parent() -> None:
@@ -225,27 +230,38 @@ class Seccomp:
 
     def load(self) -> int:
         """Put the filter on this process and all that come from it; return what tells of calls for nodes."""
-        library = self._library
-        context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(self.ALLOW)))
+        context = self._refusals()
         # setuid programs of the tree are to work. This leaves them to it, and takes CAP_SYS_ADMIN instead.
-        library.seccomp_attr_set(context, self.NO_NEW_PRIVILEGES, ctypes.c_uint32(0))
-        for foreign in FOREIGN_ARCHITECTURES.get(os.uname().machine, ()):
-            library.seccomp_arch_add(context, ctypes.c_uint32(library.seccomp_arch_resolve_name(foreign)))
-        for name in REFUSED_CALLS:
-            self._add(context, self.error(errno.EPERM), name)
+        self._library.seccomp_attr_set(context, self.NO_NEW_PRIVILEGES, ctypes.c_uint32(0))
         for name in SKIPPED_CALLS:
             self._add(context, self.error(0), name)
-        for family in REFUSED_FAMILIES:
-            self._add(context, self.error(errno.EAFNOSUPPORT), "socket", Comparison(0, self.EQUAL, family, 0))
         for name, place in NODE_CALLS.items():
             for kind in (stat.S_IFCHR, stat.S_IFBLK):
                 comparison = Comparison(place, self.MASKED_EQUAL, stat.S_IFMT(0xFFFF), kind)
                 self._add(context, self.NOTIFY, name, comparison)
-        result = library.seccomp_load(context)
+        self._load(context)
+        listener: int = self._library.seccomp_notify_fd(context)
+        return listener
+
+    def load_refusals(self) -> None:
+        """Put only what refuses calls on this process and all that come from it; they cannot gain rights any more."""
+        self._load(self._refusals())
+
+    def _refusals(self) -> ctypes.c_void_p:
+        library = self._library
+        context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(self.ALLOW)))
+        for foreign in FOREIGN_ARCHITECTURES.get(os.uname().machine, ()):
+            library.seccomp_arch_add(context, ctypes.c_uint32(library.seccomp_arch_resolve_name(foreign)))
+        for name in REFUSED_CALLS:
+            self._add(context, self.error(errno.EPERM), name)
+        for family in REFUSED_FAMILIES:
+            self._add(context, self.error(errno.EAFNOSUPPORT), "socket", Comparison(0, self.EQUAL, family, 0))
+        return context
+
+    def _load(self, context: ctypes.c_void_p) -> None:
+        result = self._library.seccomp_load(context)
         if result < 0:
             raise OSError(-result, os.strerror(-result), "loading the filter of system calls")
-        listener: int = library.seccomp_notify_fd(context)
-        return listener
 
     def _add(self, context: ctypes.c_void_p, action_number: int, name: str, *comparisons: Comparison) -> None:
         call = self.number(name)
@@ -258,14 +274,14 @@ class Seccomp:
             raise OSError(-result, os.strerror(-result), f"filtering the system call '{name}'")
 
 
-def drop_capabilities() -> None:
-    """Keep CAPABILITIES, for this process and all that come from it."""
+def drop_capabilities(capabilities: Sequence[int] = CAPABILITIES) -> None:
+    """Keep *capabilities*, for this process and all that come from it."""
     with open("/proc/sys/kernel/cap_last_cap") as stream:
         last = int(stream.read())
     for capability in range(last + 1):
-        if capability not in CAPABILITIES:
+        if capability not in capabilities:
             checked(libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0), "dropping a capability")
-    kept = sum(1 << capability for capability in CAPABILITIES)
+    kept = sum(1 << capability for capability in capabilities)
     header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
     low, high = kept & 0xFFFFFFFF, kept >> 32
     checked(libc.capset(header, struct.pack("6I", low, low, 0, high, high, 0)), "dropping capabilities")
@@ -507,8 +523,9 @@ def take_job(control: socket.socket) -> int:
     return child
 
 
-def run_jobs(control: socket.socket, nodes: Nodes) -> None:
+def run_jobs(control: socket.socket, nodes: Nodes | None) -> None:
     """Run one job after the other, and bury all that end."""
+    listener = [nodes.listener] if nodes is not None else []
     wake_reader, wake_writer = os.pipe()
     for descriptor in (wake_reader, wake_writer):
         os.set_blocking(descriptor, False)
@@ -516,8 +533,8 @@ def run_jobs(control: socket.socket, nodes: Nodes) -> None:
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     job = None
     while True:
-        ready = select.select([control.fileno(), wake_reader, nodes.listener], [], [])[0]
-        if nodes.listener in ready:
+        ready = select.select([control.fileno(), wake_reader, *listener], [], [])[0]
+        if nodes is not None and nodes.listener in ready:
             nodes.answer()
         if wake_reader in ready:
             with contextlib.suppress(BlockingIOError):
@@ -641,4 +658,5 @@ def main() -> None:
         os._exit(1)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -32,9 +32,11 @@ unmount_below() {
     done
 }
 
-# After root.d: is there a tree; resolv.conf of the build in place of the image's own (DIB's create_base).
+# After root.d: is there a tree; resolv.conf of the build in place of the image's own (DIB's create_base); directories
+# that scripts want.
 after_root() {
     local root=$1 hooks=$2 install_type=$3
+    shift 3
     if [[ -z $(find "$root" -mindepth 1 -maxdepth 1 ! -name lost+found ! -name tmp -print -quit) ]]; then
         echo "no element put a root file system in place" >&2
         exit 3
@@ -50,7 +52,7 @@ after_root() {
     fi
     chmod 777 "$root/etc/resolv.conf"
     cp "$root/etc/resolv.conf" "${root%/*}/resolv.conf"
-    mkdir -p "$hooks/environment.d"
+    mkdir -p "$hooks/environment.d" "$@"
     # shellcheck disable=SC2016 # expanded when the phases source it
     printf 'export DIB_DEFAULT_INSTALLTYPE=${DIB_DEFAULT_INSTALLTYPE:-"%s"}\n' "$install_type" \
         >"$hooks/environment.d/11-dib-install-type.bash"
