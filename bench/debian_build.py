@@ -150,7 +150,8 @@ def processor_seconds() -> float:
 def sizes(directory: Path) -> str:
     """What the images in *directory* take, how large the disk is that they hold, and how much is installed there."""
     found = []
-    for output in formats.select(_FORMATS.split(",")):
+    outputs = formats.select(_FORMATS.split(","))
+    for output in (output for output in outputs if isinstance(output, formats.DiskFormat)):
         image = directory / f"d.{output.suffix}"
         allocated, virtual = image.stat().st_blocks * 512, formats.virtual_size_bytes(image, output)
         found.append(f"{output.name} {allocated / 1024**2:.0f} MiB of {virtual / 1024**2:.0f} MiB")

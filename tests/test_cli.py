@@ -22,6 +22,7 @@ MANUAL_OPTIONS = [
     "-B", "-p", "--element-path", "--name", "--formats", "--size", "--envvar", "--arch", "--debug", "-m", "--memsize",
     "--smp", "--network", "--no-network", "--root-label", "--fs-type", "--mkfs-options", "--extra-packages",
     "--skip-base", "--install-type", "--exclude-element", "--exclude-script", "--no-delete-on-failure", "-u",
+    "--checksum", "--docker-target",
     "--qemu-img-options", "--ramdisk", "--ramdisk-element", "-q", "--quiet", "-v", "--verbose", "-x", "-V",
     "--version", "--help", "--machine-readable",
 ]  # fmt: skip
@@ -98,6 +99,12 @@ OPTIONS = [
     (["-u"], "compress", False),
     (["--qemu-img-options", "cluster_size=512,preallocation=metadata"], "qemu_img_options",
      "cluster_size=512,preallocation=metadata"),
+    (["--formats", "docker,vhd,squashfs,tgz,tar"], "formats", ("docker", "vhd", "squashfs", "tgz", "tar")),
+    (["--compression", "zstd"], "compression", "zstd"),
+    (["--docker-target", "registry.example.org:5000/os/debian__x:13-a"], "docker_target",
+     "registry.example.org:5000/os/debian__x:13-a"),
+    (["--docker-target=debian"], "docker_target", "debian"),
+    (["--checksum"], "checksums", ("md5", "sha256")),
 ]  # fmt: skip
 
 
@@ -128,6 +135,20 @@ def test_option_sets_the_spec(arguments: list[str], field: str, value: object) -
 )
 def test_option_sets_the_options(arguments: list[str], options: command_line.Options) -> None:
     assert parsed(*arguments).options == options
+
+
+@pytest.mark.parametrize(
+    ("text", "checksums"),
+    [("1", ("md5", "sha256")), ("0", ()), ("", ()), ("sha256", ("sha256",)), ("sha256,md5", ("md5", "sha256"))],
+)
+def test_the_variable_for_checksums(text: str, checksums: tuple[str, ...]) -> None:
+    assert parsed("--envvar", f"DIB_CHECKSUM={text}").spec.checksums == checksums
+    assert parsed("--envvar", f"DIB_CHECKSUM={text}", "--checksum").spec.checksums == ("md5", "sha256")
+
+
+def test_the_variable_for_the_docker_target() -> None:
+    assert parsed("--envvar", "DOCKER_TARGET=a:1").spec.docker_target == "a:1"
+    assert parsed("--envvar", "DOCKER_TARGET=a:1", "--docker-target", "b").spec.docker_target == "b"
 
 
 def test_the_variable_for_kvm_is_the_default_of_the_option() -> None:
@@ -219,6 +240,9 @@ BAD_VALUES = [
     (["--root-label", ""], "cannot use an empty root label"),
     (["--formats", "qcow"], "unknown format 'qcow'"),
     (["--formats", ","], "no format named in --formats"),
+    (["--compression", "xz"], "unknown compression 'xz'"),
+    *((["--docker-target", text], f"cannot use '{text}' as the docker target")
+      for text in ("", "Debian", "-a", "a:", "a:b:c", "a b", "a/", "a@sha256:0", "a" * 256, "a:" + "b" * 129)),
     (["--fs-type", "ext5"], "unknown file system 'ext5'"),
     (["--fs-type", ""], "unknown file system ''"),
     (["--install-type", "sources"], "unknown install type 'sources'"),
@@ -323,7 +347,7 @@ def test_all_mistakes_are_found() -> None:
         "--size",
         "5Q",
         "--formats",
-        "qcow,vhdx,raw",
+        "qcow,vhdy,raw",
         "--wat",
         "-p",
         "",
@@ -341,7 +365,7 @@ def test_all_mistakes_are_found() -> None:
         "no element named",
         "cannot use '' as the directory of --element-path",
         "unknown format 'qcow'",
-        "unknown format 'vhdx'",
+        "unknown format 'vhdy'",
         "cannot use '5Q' as the size of the image",
     ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from virt_dib import boot, doctor, kvm, prerequisites, tools
+from virt_dib import boot, doctor, formats, kvm, prerequisites, tools
 from virt_dib.errors import Problem
 from virt_dib.prerequisites import Check, Host
 
@@ -108,6 +108,19 @@ def test_a_program_only_some_elements_use_is_no_obstacle(host: FakeHost) -> None
     assert not checks["debootstrap"].required
     assert checks["debootstrap"].hint == "install it: apt-get install debootstrap"
     assert host.required() == []
+
+
+def test_what_a_format_needs_is_an_obstacle_to_it_alone(host: FakeHost) -> None:
+    needs = {name: prerequisites.format_problems(formats.select([name])) for name in formats.KNOWN}
+    sqfstar = Problem("'sqfstar' not found, needed to make a squashfs", "install it: apt-get install squashfs-tools")
+    assert sqfstar in needs["squashfs"]
+    assert [problem.message.split(",")[0] for problem in needs["docker"]][-1] == "no engine for containers answers"
+    assert [name for name, problems in needs.items() if not problems] == ["qcow2", "raw", "vdi", "vhd", "vhdx", "vmdk"]
+    together = prerequisites.format_problems(formats.select(["tgz", "oci", "tar"]))
+    assert [problem.message.split(" ")[0] for problem in together] == ["'tar'", "'gzip'"]
+    assert host.required() == []
+    check = host.checks()["sqfstar"]
+    assert (check.ok, check.required, check.hint) == (False, False, sqfstar.hint)
 
 
 # ---- the binding ----

@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import struct
+import tarfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ LAYOUTS = {
     "efi-4k": Layout(elements=("block-device-efi-4k",), size="2G", sector_bytes=4096),
     "efi-lvm": Layout(elements=("block-device-efi-lvm",), size="42G"),
     "custom": Layout(config=CUSTOM),
-    "several": Layout(config=SEVERAL),
+    "several": Layout(config=SEVERAL, options=("--formats", "raw,tar")),
     "xfs": Layout(options=("--fs-type", "xfs")),
 }
 COMPARED = ("mbr", "gpt", "efi", "efi-4k", "custom", "several", "xfs")
@@ -397,6 +398,25 @@ def test_custom_configuration(disk: BuildDisk, isolation: str) -> None:
     var = files_in_image(image, offset_bytes=partitions[1]["start"] * 512)
     assert "log" in var.names("/")
     assert root.names("/var") == []
+
+
+@BOTH
+def test_a_tar_has_all_file_systems(disk: BuildDisk, isolation: str) -> None:
+    with tarfile.open(disk("several", isolation).with_suffix(".tar")) as archive:
+        members = {member.name: member for member in archive}
+        texts = {
+            name: stream.read()
+            for name in ("etc/spread/file", "var/lib/spread/file", "var/log/spread/log", "boot/efi/EFI/BOOT/large")
+            if (stream := archive.extractfile(f"./{name}")) is not None
+        }
+    assert list(texts.values()) == [b"root\n", b"var\n", b"", LARGE_ESP_FILE]
+    assert members["./etc/spread/hard"].islnk()
+    assert members["./var/lib/spread/soft"].linkname == "../../../etc/spread/file"
+    owners = [(members[f"./{name}"].mode, members[f"./{name}"].uid, members[f"./{name}"].gid)
+              for name in ("etc/spread/file", "var", "var/log")]  # fmt: skip
+    assert owners == [(0o6755, 65535, 60000), (0o711, 12, 34), (0o2775, 0, 4)]
+    assert not [name for name in members if name.startswith(("./proc/", "./sys/", "./dev/"))]
+    assert "./etc/fstab" in members
 
 
 @BOTH

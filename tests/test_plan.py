@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers import TESTS, make_element
-from virt_dib import formats, plan, prerequisites, tools
+from virt_dib import plan, prerequisites, tools
 from virt_dib.errors import Problem, UsageError, VirtDibError
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.spec import BuildSpec
@@ -199,55 +199,6 @@ def test_a_directory_that_may_not_be_written(place: Path) -> None:
     (first, *_) = plan_by(before, place, "/", "/")
     assert first.startswith("UsageError")
     assert "cannot write the image in '/': no right to write in it" in first
-
-
-# ---- formats ----
-
-
-def test_options_that_qemu_img_takes(tmp_path: Path) -> None:
-    outputs = formats.select(["raw", "qcow2"])
-    for options in ("", "compat=0.10", "cluster_size=2M,lazy_refcounts=on", "preallocation=metadata"):
-        formats.check_options(outputs, options, tmp_path / "scratch")
-    formats.check_options(formats.select(["raw"]), "foo=1", tmp_path / "scratch")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [("foo=1", "Invalid parameter 'foo'"), ("cluster_size=3", "Cluster size must be"), ("help", "makes no image")],
-)
-def test_options_that_qemu_img_refuses(tmp_path: Path, options: str, reason: str) -> None:
-    with pytest.raises(
-        UsageError, match=f"cannot use '{options}' as --qemu-img-options for qcow2: .*{reason}"
-    ) as caught:
-        formats.check_options(formats.select(["raw", "qcow2"]), options, tmp_path / "scratch")
-    assert str(tmp_path) not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_data_file_is_not_overwritten_by_the_trial(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text("precious")
-    formats.check_options(formats.select(["qcow2"]), f"compat=1.1,data_file={tmp_path}/data", tmp_path / "scratch")
-    assert (tmp_path / "data").read_text() == "precious"
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_what_is_written_is_what_the_disk_holds(tmp_path: Path, compress: bool) -> None:  # noqa: FBT001 - a parameter
-    disk = tmp_path / "disk"
-    disk.write_bytes(b"".join(bytes([number % 251]) * 4096 for number in range(1024)) + os.urandom(65536))
-    targets = {f"x.{output.name}": (tmp_path / output.name, output) for output in formats.select(["qcow2", "raw"])}
-    formats.write(disk, targets, compress=compress, options="compat=1.1")
-    qemu_img = tools.require("qemu-img", purpose="run the tests", package="qemu-utils")
-    for written, output in targets.values():
-        assert formats.virtual_size_bytes(written, output) == disk.stat().st_size
-        tools.run([qemu_img, "compare", "-f", "raw", "-F", output.name, disk, written], doing="comparing")
-    assert ((tmp_path / "qcow2").stat().st_size < disk.stat().st_size // 2) == compress
-
-
-def test_messages_have_the_final_name(tmp_path: Path) -> None:
-    (output,) = formats.select(["qcow2"])
-    with pytest.raises(VirtDibError, match=r"writing 'x\.qcow2': 'qemu-img' failed"):
-        formats.write(tmp_path / "nothing", {"x.qcow2": (tmp_path / "partial", output)}, compress=True, options="")
 
 
 def test_the_build_takes_no_more_processors_than_eight(place: Path) -> None:

@@ -134,7 +134,18 @@ def test_the_readme_and_the_setup_script_name_the_same_packages() -> None:
     install = next(line for line in commands((ROOT / "README.md").read_text()) if "apt-get install" in line)
     named = {word for word in install.split("install", 1)[1].split() if not word.startswith("-")}
     # The last group of the script's is for boot tests and for developing.
-    for_development = {"ovmf", "busybox-static", "sudo", "make", "mtools", "shellcheck", "zsh", "fish"}
+    for_development = {
+        "ovmf",
+        "busybox-static",
+        "sudo",
+        "make",
+        "mtools",
+        "shellcheck",
+        "zsh",
+        "fish",
+        "podman",
+        "skopeo",
+    }
     assert named - {"linux-image-cloud-amd64"} == installed - for_development
 
 

@@ -70,6 +70,11 @@ class Disk:
     path: Path
     label: str
 
+    @property
+    def device(self) -> str:
+        """Its name in the guest."""
+        return f"/dev/disk/guestfs/{self.label}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -176,10 +181,9 @@ class Appliance:
         self._handle.umount("/", lazyunmount=True)
 
     def _mount(self, disk: Disk) -> None:
-        device = f"/dev/disk/guestfs/{disk.label}"
         # It may have been made since the kernel looked for partitions there.
-        self._handle.blockdev_flushbufs(device)
-        self._handle.mount(device, "/")
+        self._handle.blockdev_flushbufs(disk.device)
+        self._handle.mount(disk.device, "/")
 
     def check_starting(self) -> None:
         """Look whether the virtual machine still may come up, without waiting.

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import disk_stage, extra_data, kvm, layout, network, sandbox, staging, supermin, tools
+from virt_dib import disk_stage, extra_data, formats, kvm, layout, network, sandbox, staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
-from virt_dib.disk_stage import DiskStage
+from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
@@ -22,7 +22,7 @@ from virt_dib.interrupts import Cancellation, cancellable
 from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
 from virt_dib.monitor import BuildMonitor
-from virt_dib.outputs import open_outputs
+from virt_dib.outputs import Outputs, open_outputs
 from virt_dib.phases import Phases
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult
@@ -37,6 +37,8 @@ _STARTING_SANDBOX = "starting the sandbox"
 _COPYING_TO_HOST = "copying the tree to the host"
 _COPYING_BACK = "copying back what has changed"
 _MAKING_BUILD_DISK = "making the build disk"
+_WRITING = "writing"
+_SUMMING = "computing checksums"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _MANIFESTS = "dib-manifests"
 """What DIB's element 'manifests', which operating systems bring with them, leaves in any build."""
@@ -99,7 +101,9 @@ def _steps(plan: BuildPlan) -> int:
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
     copying = 2 if plan.facts.on_host is not None and Phase.EXTRA_DATA in phases else 0
     more = bool(plan.spec.extra_packages) + bool(plan.image_cache) + copying
-    return 1 + len(phases) + len(disk_stage.STEPS) + 1 + more
+    steps = [*disk_stage.STEPS, _WRITING, *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
+    steps += [_SUMMING] if plan.spec.checksums else []
+    return 1 + len(phases) + len(steps) + more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +169,8 @@ class _Build:
         self._workspace = workspace
         self._build_disk = Disk(path=workspace / "build.img", label="build")
         self._image_disk = Disk(path=workspace / "image.img", label="image")
+        archive_disk = Disk(path=workspace / "tree.tar", label="archive")
+        self._archive_disk = archive_disk if formats.wants_archive(plan.formats) else None
 
     @property
     def results(self) -> Sequence[PhaseResult]:
@@ -182,18 +188,34 @@ class _Build:
         in_sandbox = self._choose_sandbox(verdict)
         with open_outputs(plan.spec, self._workspace) as outputs:
             _make_sparse(self._image_disk.path, plan.layout.disk_bytes)
+            if self._archive_disk is not None:
+                _make_sparse(self._archive_disk.path, staging.BUILD_DISK_BYTES)
             stages = self._in_sandbox if in_sandbox else self._in_appliance
-            with stages(verdict) as (appliance, size_bytes):
+            with stages(verdict) as (appliance, lengths):
                 for name in outputs.add(appliance):
                     self._monitor.warning(f"neither file nor directory, not taken over from the guest: {name}")
                 appliance.stop()
             self._check_left(outputs.left)
             if plan.no_image is None:
                 # Of the disk, as long as any image may become, the output is the beginning.
-                os.truncate(self._image_disk.path, size_bytes)
-                with self._phases.step(f"writing {', '.join(output.name for output in plan.formats)}"):
-                    outputs.convert(plan.formats, self._image_disk.path)
+                os.truncate(self._image_disk.path, lengths.image_bytes)
+                if self._archive_disk is not None and lengths.archive_bytes is not None:
+                    os.truncate(self._archive_disk.path, lengths.archive_bytes)
+                self._write(outputs)
             return outputs.publish()
+
+    def _write(self, outputs: Outputs) -> None:
+        """The output files, and their checksums, beside their names."""
+        for choice in formats.choices(self._plan.formats):
+            self._monitor.message(choice)
+        archive = None if self._archive_disk is None else self._archive_disk.path
+        with self._phases.step(f"{_WRITING} {', '.join(output.name for output in self._plan.formats)}"):
+            outputs.convert(self._plan.formats, formats.Sources(disk=self._image_disk.path, archive=archive))
+        if outputs.engine is not None:
+            self._monitor.message(f"docker: imported to {outputs.engine}, for {self._plan.spec.docker_target}")
+        if self._plan.spec.checksums:
+            with self._phases.step(_SUMMING):
+                outputs.sum()
 
     # ---- without an image ----
 
@@ -246,8 +268,8 @@ class _Build:
     # ---- the stages ----
 
     @contextlib.contextmanager
-    def _in_appliance(self, verdict: Verdict) -> Iterator[tuple[Appliance, int]]:
-        """Both stages in the appliance; gives it and the size of the image in bytes."""
+    def _in_appliance(self, verdict: Verdict) -> Iterator[tuple[Appliance, Lengths]]:
+        """Both stages in the appliance; gives it, and how much of the disks is used."""
         self._plan.staging.make_disk(self._build_disk.path)
         host = self._host()
         remove_tree(self._plan.staging.directory)
@@ -255,13 +277,13 @@ class _Build:
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance = self._start_appliance(stack, verdict)
                 appliance.prepare()
-            stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path)
+            stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path, self._archive_disk)
             open_host = None if host is None else functools.partial(self._host_with_copy, host, appliance)
             tree_kib = make_tree(self._plan, self._phases, appliance, open_host=open_host)
             yield appliance, stage.make_image(tree_kib, None)
 
     @contextlib.contextmanager
-    def _in_sandbox(self, verdict: Verdict) -> Iterator[tuple[Appliance, int]]:
+    def _in_sandbox(self, verdict: Verdict) -> Iterator[tuple[Appliance, Lengths]]:
         """The tree stage in the sandbox, while the appliance for the disk stage starts."""
         plan = self._plan
         early = Disk(path=self._workspace / "early.img", label="early")
@@ -286,7 +308,7 @@ class _Build:
                 box.discard()
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance.prepare()
-            stage = DiskStage(plan, self._phases, appliance, self._image_disk.path)
+            stage = DiskStage(plan, self._phases, appliance, self._image_disk.path, self._archive_disk)
             yield appliance, stage.make_image(tree_kib, box if plan.layout.parts else None)
 
     def _host(self) -> extra_data.Host | None:
@@ -338,7 +360,7 @@ class _Build:
     def _settings(self, verdict: Verdict, program: Path | None, early: Disk | None) -> Settings:
         return Settings(
             program=program,
-            disks=[self._build_disk, self._image_disk],
+            disks=[self._build_disk, self._image_disk, *([self._archive_disk] if self._archive_disk else [])],
             early_disk=early,
             cache_dir=supermin.cache_dir(),
             memory_mib=self._plan.memory_mib,

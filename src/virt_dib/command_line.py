@@ -16,6 +16,8 @@ from virt_dib.errors import Problem, UsageError
 from virt_dib.machine_readable import Target, parse_target
 from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, listed_names, sort_words
 from virt_dib.spec import (
+    CHECKSUMS,
+    COMPRESSIONS,
     DEFAULT_SIZE_BYTES,
     INSTALL_TYPES,
     LABEL_LIMITS,
@@ -24,6 +26,7 @@ from virt_dib.spec import (
     ExtraData,
     Isolation,
     check_arch,
+    check_docker_target,
     check_label,
     check_name,
     check_variable,
@@ -148,7 +151,12 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST),
         delete_on_failure=not given.keep_on_failure,
         compress=not given.uncompressed,
+        compression=values.take(
+            lambda: _choice("compression", given.compression, COMPRESSIONS, COMPRESSIONS[0]), COMPRESSIONS[0]
+        ),
         qemu_img_options=given.qemu_img_options or "",
+        docker_target=values.take(lambda: _docker_target(asked(given.docker_target, "DOCKER_TARGET")), None),
+        checksums=CHECKSUMS if given.checksum else _checksums(variables.get("DIB_CHECKSUM", "")),
         arguments=arguments,
     )
 
@@ -240,6 +248,17 @@ def _label(text: str | None, fs_type: str) -> str | None:
     if text is not None:
         check_label(text, fs_type)
     return text
+
+
+def _docker_target(text: str | None) -> str | None:
+    if text is not None:
+        check_docker_target(text)
+    return text
+
+
+def _checksums(text: str) -> tuple[str, ...]:
+    """Those that DIB_CHECKSUM asks for, as diskimage-builder reads it (lib/common-functions, finish_image)."""
+    return CHECKSUMS if text == "1" else tuple(name for name in CHECKSUMS if name in text)
 
 
 def _arch(text: str | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from virt_dib import environment as contract
 from virt_dib import layout
-from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance
+from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance, Disk
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import JobResult
 from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script
@@ -23,11 +23,22 @@ from virt_dib.spec import DISK_PHASES, Phase
 
 STEPS = ("making the image disk", "copying the tree", "cleaning up")
 """What the report shows besides the phases."""
+ARCHIVING = "archiving the tree"
+"""What it shows if there is a disk for an archive."""
 
 _ANSWER_LIMIT = 16384
 _NOT_FILLED_HINT = "build with --isolation vm, which copies the tree whatever the layout is"
 _NO_ROOM = re.compile(r"No space left on device|Could not allocate (?:block|inode)|No free space in the directory")
 """What cp and mke2fs say when a tree is too large."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """How much of the disks is used, from their beginnings."""
+
+    image_bytes: int
+    archive_bytes: int | None
+    """None without an archive."""
 
 
 class Filler(Protocol):
@@ -60,15 +71,18 @@ class _FileSystem:
 class DiskStage:
     """The disk stage of one build in a running appliance."""
 
-    def __init__(self, plan: BuildPlan, phases: Phases, appliance: Appliance, image_disk: Path) -> None:
+    def __init__(
+        self, plan: BuildPlan, phases: Phases, appliance: Appliance, image_disk: Path, archive_disk: Disk | None
+    ) -> None:
         self._plan = plan
         self._phases = phases
         self._appliance = appliance
         self._image_disk = image_disk
+        self._archive_disk = archive_disk
         self._facts = plan.facts
 
-    def make_image(self, tree_kib: int, filler: Filler | None) -> int:
-        """Make the image of a tree of that size; return the size of the image in bytes.
+    def make_image(self, tree_kib: int, filler: Filler | None) -> Lengths:
+        """Make the image of a tree of that size, and the archive if there is a disk for one.
 
         Without *filler* the tree is on the build disk, and is copied. With one, all but the parts that it fills is
         on the build disk in ``parts``.
@@ -101,8 +115,12 @@ class DiskStage:
         with self._phases.step(STEPS[2]):
             points = plan.layout.block_devices.mount_points.split("|")
             guest_script(self._appliance, "tree.sh", "clean", contract.TREE, *points).check("cleaning the image")
-            self._block_device("unmounting the image", "umount", "cleanup")
-        return plan.layout.images[0].size_bytes or size_kib * 1024
+        archive_bytes = self._archive(self._archive_disk) if self._archive_disk is not None else None
+        self._block_device("unmounting the image", "umount", "cleanup")
+        return Lengths(
+            image_bytes=plan.layout.images[0].size_bytes or size_kib * 1024,
+            archive_bytes=archive_bytes,
+        )
 
     # ---- inside ----
 
@@ -168,6 +186,17 @@ class DiskStage:
                 raise ApplianceError("looking where the file systems lie: outside of the image")
             extents.append(Extent(offset_bytes + image.offset_bytes, size_bytes))
         return extents
+
+    def _archive(self, disk: Disk) -> int:
+        """Write the tree onto *disk*, which has no file system, as one tar archive; return its length in bytes."""
+        with self._phases.step(ARCHIVING):
+            most_bytes = disk.path.stat().st_size
+            result = guest_script(self._appliance, "tree.sh", "archive", contract.TREE, disk.device)
+            result.check(ARCHIVING)
+            *_, last = result.tail.splitlines() or [""]
+            if not re.fullmatch(r"[0-9]{1,18}", last) or not 0 < int(last) <= most_bytes:
+                raise ApplianceError(f"{ARCHIVING}: the guest does not say how long the archive is")
+            return int(last)
 
     def _block_device(self, doing: str, *commands: str) -> list[str]:
         """Run commands of dib-block-device in the appliance; return what each that answers printed."""

@@ -168,7 +168,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("DIB_IMAGE_CACHE", _always(CACHE), user_wins=True),
     _Variable("DIB_LOCKFILES", _always(f"{HOME}/.cache/dib/lockfiles"), user_wins=True),
     _Variable("DIB_OFFLINE", lambda facts, _: "" if facts.spec.network else "1", user_wins=True),
-    _Variable("DIB_CHECKSUM", lambda facts, _: "1" if facts.spec.checksum else "0", user_wins=True),
+    _Variable("DIB_CHECKSUM", lambda facts, _: "1" if facts.spec.checksums else "0", user_wins=True),
     # There is no tmpfs to build in; the ramdisk elements would mount one in the chroot.
     _Variable("DIB_NO_TMPFS", _always("1"), user_wins=True),
     _Variable("DIB_MIN_TMPFS", _always("2"), user_wins=True),
@@ -191,6 +191,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("DIB_MANIFEST_SAVE_DIR", _always(OUT), user_wins=True),
     _Variable("RAMDISK_ELEMENT", lambda facts, _: facts.spec.added_element),
     _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
+    _Variable("DOCKER_TARGET", lambda facts, _: facts.spec.docker_target),
     _Variable("COMPRESS_IMAGE", lambda facts, _: None if facts.spec.compress else ""),
 )
 

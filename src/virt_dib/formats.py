@@ -1,32 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output formats: what each is called, and how it is written from the finished image disk."""
+"""The output formats: what each is called, and how it is written from the finished disk or from its tree."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import tools
+from virt_dib import archives, tools
+from virt_dib.archives import Imported
 from virt_dib.errors import ToolError, UsageError
+from virt_dib.spec import COMPRESSIONS, BuildSpec
+from virt_dib.tools import Command
 
 _MOST_COROUTINES = 16
 """What qemu-img takes for ``-m``."""
-_FILE_OF_ITS_OWN = re.compile(r"(?:^|,)data_file=")
+_OPTION_HELP = re.compile(r"^\s+([a-z0-9_.-]+)=", re.MULTILINE)
+_FILE_OF_ITS_OWN = "data_file"
+_VHD_CHUNK_BYTES = 1 << 20
+_ROOM_HINT = "make room in the output directory, or build into another one: --name DIRECTORY/NAME"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DiskFormat:
-    """A format that qemu-img makes of the raw image disk."""
+class Format:
+    """A format that ``--formats`` takes."""
 
     name: str
-    qemu_name: str
-    compresses: bool = False
-    takes_options: bool = True
+    is_file: bool = True
+    """The output is a file beside the others."""
 
     @property
     def suffix(self) -> str:
@@ -34,16 +41,56 @@ class DiskFormat:
         return self.name
 
 
-_FORMATS = {
-    "qcow2": DiskFormat(name="qcow2", qemu_name="qcow2", compresses=True),
-    "raw": DiskFormat(name="raw", qemu_name="raw", takes_options=False),
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskFormat(Format):
+    """A format that qemu-img makes of the raw image disk."""
+
+    qemu_name: str
+    options: str = ""
+    """Those of qemu-img convert -o that it always has; the user's come after them and win."""
+    compresses: bool = False
+    takes_options: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeFormat(Format):
+    """A format made of the archive of all mounted file systems together."""
+
+
+_VHD = "vhd"
+_FORMATS: Mapping[str, Format] = {
+    output.name: output
+    for output in (
+        DiskFormat(name="qcow2", qemu_name="qcow2", compresses=True),
+        DiskFormat(name="raw", qemu_name="raw", takes_options=False),
+        # Azure takes no other form: fixed, and its size as the footer says it, not as cylinders would. Hyper-V and
+        # Xen take it as well.
+        DiskFormat(name=_VHD, qemu_name="vpc", options="subformat=fixed,force_size=on"),
+        DiskFormat(name="vhdx", qemu_name="vhdx"),
+        DiskFormat(name="vmdk", qemu_name="vmdk"),
+        DiskFormat(name="vdi", qemu_name="vdi"),
+        TreeFormat(name="tar"),
+        TreeFormat(name="tgz"),
+        TreeFormat(name="squashfs"),
+        TreeFormat(name="oci"),
+        TreeFormat(name="docker", is_file=False),
+    )
 }
 
 KNOWN: tuple[str, ...] = tuple(sorted(_FORMATS))
 """The names ``--formats`` takes."""
 
 
-def select(names: Sequence[str]) -> tuple[DiskFormat, ...]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """What formats are made of."""
+
+    disk: Path
+    archive: Path | None
+    """GNU tar's, of the tree, where one was asked for by :func:`wants_archive`."""
+
+
+def select(names: Sequence[str]) -> tuple[Format, ...]:
     """The formats called *names*, each once, in the order given.
 
     Raises:
@@ -59,69 +106,243 @@ def select(names: Sequence[str]) -> tuple[DiskFormat, ...]:
     return tuple(_FORMATS[name] for name in dict.fromkeys(names))
 
 
-def check_options(outputs: Sequence[DiskFormat], options: str, scratch: Path) -> None:
-    """Have qemu-img make an empty image with *options* at *scratch*, which must not exist, and remove it.
+def wants_archive(outputs: Sequence[Format]) -> bool:
+    """Whether one of *outputs* is made of the tree."""
+    return any(isinstance(output, TreeFormat) for output in outputs)
+
+
+def wants_engine(outputs: Sequence[Format]) -> bool:
+    """Whether one of *outputs* goes to an engine for containers."""
+    return any(not output.is_file for output in outputs)
+
+
+def check_target(outputs: Sequence[Format], spec: BuildSpec) -> None:
+    """Refuse an image for an engine that has no name there.
+
+    Raises:
+        UsageError: ``--docker-target`` is missing.
+    """
+    if wants_engine(outputs) and spec.docker_target is None:
+        raise UsageError(
+            "the format docker needs a repository and tag for the image",
+            hint="name them, such as: --docker-target debian:13",
+        )
+
+
+# ---- options of qemu-img ----
+
+
+def check_options(outputs: Sequence[Format], spec: BuildSpec, scratch: Path) -> None:
+    """Have qemu-img make an empty image with the options in the directory *scratch*, which must not exist yet.
 
     Nothing is tried where there is no qemu-img, which a build does not start without, or where the options
     name a data file: the trial would overwrite it.
 
     Raises:
-        UsageError: qemu-img does not take the options for one of *outputs*.
+        UsageError: qemu-img does not take the options for one of *outputs*, or none of those has one of them.
         ToolError: there is no space for the trial.
     """
-    qemu_img = tools.find("qemu-img")
-    if not options or qemu_img is None or _FILE_OF_ITS_OWN.search(options):
+    options = spec.qemu_img_options
+    taking = [output for output in outputs if isinstance(output, DiskFormat) and output.takes_options]
+    if tools.find("qemu-img") is None or not taking or _FILE_OF_ITS_OWN in map(_option_name, _split(options)):
         return
-    for output in outputs:
-        if not output.takes_options:
-            continue
-        result = tools.run(
-            [qemu_img, "create", "-q", "-f", output.qemu_name, "-o", options, scratch, "1M"],
-            doing="trying --qemu-img-options",
-            check=False,
-        )
-        # Asked for help, it succeeds and makes nothing.
-        made = scratch.exists()
-        scratch.unlink(missing_ok=True)
-        if result.exit_status != 0 or not made:
-            if _is_full(result.stderr):
-                raise ToolError(
-                    f"trying --qemu-img-options in '{scratch.parent}': no space left",
-                    hint="set TMPDIR to a directory with more room, or make some there",
-                )
-            said = result.stderr.strip().splitlines() or ["it makes no image with them"]
-            reason = said[0].removeprefix("qemu-img: ").removeprefix(f"{scratch}: ")
+    known = {name for output in taking for name in _known_options(output)}
+    for option in _split(options):
+        if _option_name(option) not in known:
+            names = ", ".join(output.name for output in taking)
             raise UsageError(
-                f"cannot use '{options}' as --qemu-img-options for {output.name}: {reason}",
-                hint=f"what there is: qemu-img create -f {output.qemu_name} -o help",
+                f"cannot use '{options}' as --qemu-img-options for {names}: there is no option "
+                f"'{_option_name(option)}'",
+                hint=f"what there is: qemu-img create -f {taking[0].qemu_name} -o help",
             )
+    for output in taking:
+        # What is ours alone is known to work.
+        if options or (spec.compression != COMPRESSIONS[0] and output.compresses):
+            _try_options(output, spec, scratch)
 
 
-def write(disk: Path, targets: Mapping[str, tuple[Path, DiskFormat]], *, compress: bool, options: str) -> None:
-    """Convert the raw *disk* to all *targets*, which must not exist yet, at the same time.
+def _try_options(output: DiskFormat, spec: BuildSpec, scratch: Path) -> None:
+    no_room = "set TMPDIR to a directory with more room, or make some there"
+    try:
+        scratch.mkdir()
+    except OSError as error:
+        raise ToolError(f"trying --qemu-img-options in '{scratch.parent}': {error.strerror}", hint=no_room) from error
+    image = scratch / "image"
+    command: list[str | Path] = [
+        _qemu_img(),
+        "create",
+        "-q",
+        "-f",
+        output.qemu_name,
+        *_options_for(output, spec),
+        image,
+        "1M",
+    ]
+    result = tools.run(command, doing="trying --qemu-img-options", check=False)
+    made = len(list(scratch.iterdir()))
+    shutil.rmtree(scratch)
+    if result.exit_status == 0 and made == 1:
+        return
+    if _is_full(result.stderr):
+        raise ToolError(f"trying --qemu-img-options in '{scratch.parent}': no space left", hint=no_room)
+    said = result.stderr.strip().splitlines() or ["it makes more than one file with them"]
+    reason = said[0].removeprefix("qemu-img: ").removeprefix(f"{image}: ")
+    options = spec.qemu_img_options
+    what = f"'{options}' as --qemu-img-options" if options else f"{spec.compression} compression"
+    raise UsageError(
+        f"cannot use {what} for {output.name}: {reason}",
+        hint=f"what there is: qemu-img create -f {output.qemu_name} -o help",
+    )
 
-    The keys of *targets* are what messages call them. *options* is the user's ``--qemu-img-options``; they are for
-    formats that have any.
+
+def _options_for(output: DiskFormat, spec: BuildSpec) -> list[str]:
+    """The format's own and those of the user's that it has, in the form of qemu-img."""
+    options = [output.options] if output.options else []
+    if output.compresses and spec.compress and spec.compression != COMPRESSIONS[0]:
+        options.append(f"compression_type={spec.compression}")
+    if spec.qemu_img_options and output.takes_options:
+        known = _known_options(output)
+        options += [option for option in _split(spec.qemu_img_options) if _option_name(option) in known]
+    return ["-o", ",".join(options)] if options else []
+
+
+def _known_options(output: DiskFormat) -> set[str]:
+    """What qemu-img says it has for the format, and for files."""
+    command = [_qemu_img(), "create", "-f", output.qemu_name, "-o", "help", "x"]
+    return set(_OPTION_HELP.findall(tools.run(command, doing="asking qemu-img for options").stdout))
+
+
+def _split(options: str) -> list[str]:
+    """Options one by one; a doubled comma stands for a comma in a value."""
+    words = options.replace(",,", "\0").split(",")
+    return [word.replace("\0", ",,") for word in words if word]
+
+
+def _option_name(option: str) -> str:
+    return option.partition("=")[0].strip()
+
+
+# ---- writing ----
+
+
+def choices(outputs: Sequence[Format]) -> Iterator[str]:
+    """What the user may want to know about how *outputs* are made on this host."""
+    for output in outputs:
+        if output.name == _VHD and _find_vhd_util() is not None:
+            yield "vhd: written by vhd-util, as a dynamic disk"
+        elif output.name == _VHD:
+            yield "vhd: written by qemu-img, as a fixed disk of whole MiB, since there is no vhd-util with 'convert'"
+
+
+def write(spec: BuildSpec, sources: Sources, targets: Mapping[str, tuple[Path, Format]], scratch: Path) -> None:
+    """Write all *targets* that are files, which must not exist yet, at the same time.
+
+    The keys of *targets* are what messages call them. *scratch* is an existing directory for files in between.
 
     Raises:
-        ToolError: qemu-img failed.
+        ToolError: a program failed.
     """
-    qemu_img = tools.require("qemu-img", purpose="write images", package="qemu-utils")
-    coroutines = min(_MOST_COROUTINES, max(1, 2 * (os.cpu_count() or 1)))
-    commands: dict[str, list[str | Path]] = {}
+    early: dict[str, Command] = {}
+    commands: dict[str, Command] = {}
+    layer = scratch / "layer.tar.gz"
     for name, (target, output) in targets.items():
-        command = [str(qemu_img), "convert", "-q", "-m", str(coroutines), "-f", "raw", "-O", output.qemu_name]
-        if output.compresses and compress:
-            # Compressed clusters in any order: the coroutines do not wait for each other.
-            command += ["-c", "-W"]
-        if options and output.takes_options:
-            command += ["-o", options]
-        commands[f"writing '{name}'"] = [*command, disk, target]
-    try:
+        doing = f"writing '{name}'"
+        if isinstance(output, DiskFormat) and output.name == _VHD:
+            early[doing], commands[doing] = _vhd(output, spec, sources.disk, target, scratch)
+        elif isinstance(output, DiskFormat):
+            commands[doing] = _convert(output, spec, sources.disk, target)
+        elif output.name == "tgz" and sources.archive is not None:
+            layer = target
+            commands[doing] = archives.gzip(sources.archive, target)
+        elif output.name == "squashfs" and sources.archive is not None:
+            commands[doing] = archives.squashfs(sources.archive, target)
+    by_name = {output.name: (name, target) for name, (target, output) in targets.items()}
+    if "oci" in by_name and "tgz" not in by_name and sources.archive is not None:
+        commands[f"writing '{by_name['oci'][0]}'"] = archives.gzip(sources.archive, layer)
+    with _room_wanted():
+        tools.run_together(early)
         tools.run_together(commands)
+        if "oci" in by_name and sources.archive is not None:
+            created_by = f"virt-dib {' '.join(spec.elements)}"
+            name = archives.image_name(spec.name, spec.docker_target)
+            archives.write_oci(
+                sources.archive, layer, by_name["oci"][1], name=name, arch=spec.arch, created_by=created_by
+            )
+    if "tar" in by_name and sources.archive is not None:
+        _take(sources.archive, by_name["tar"][1])
+
+
+def load(spec: BuildSpec, sources: Sources) -> Imported:
+    """Import the tree to an engine for containers, as an image without a name yet.
+
+    Raises:
+        ToolError: there is none, or it refuses.
+    """
+    engine = archives.find_engine()
+    if engine is None or sources.archive is None:
+        raise ToolError("importing the image: no engine for containers answers any more")
+    return engine.load(sources.archive, spec.arch)
+
+
+def _convert(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path) -> Command:
+    command = [*_qemu_img_convert(), "-O", output.qemu_name]
+    if output.compresses and spec.compress:
+        # Compressed clusters in any order: the coroutines do not wait for each other.
+        command += ["-c", "-W"]
+    return Command(words=[*command, *_options_for(output, spec), disk, target])
+
+
+def _vhd(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path, scratch: Path) -> tuple[Command, Command]:
+    """A short step, and the one that writes the image after it."""
+    vhd_util = _find_vhd_util()
+    if vhd_util is not None:
+        fixed = scratch / "fixed.vhd"
+        return (
+            Command(words=[vhd_util, "convert", "-s", "0", "-t", "1", "-i", disk, "-o", fixed]),
+            Command(words=[vhd_util, "convert", "-s", "1", "-t", "2", "-i", fixed, "-o", target]),
+        )
+    # Of whole MiB, which Azure wants too: longer than the disk, so it is made first.
+    size_bytes = -(-disk.stat().st_size // _VHD_CHUNK_BYTES) * _VHD_CHUNK_BYTES
+    options = _options_for(output, spec)
+    convert = [*_qemu_img_convert(), "-n", "--target-is-zero", "-O", output.qemu_name, disk, target]
+    return (
+        Command(words=[_qemu_img(), "create", "-q", "-f", output.qemu_name, *options, target, str(size_bytes)]),
+        Command(words=convert),
+    )
+
+
+def _find_vhd_util() -> Path | None:
+    """vhd-util, if it has the subcommand that only patched ones have."""
+    found = tools.find("vhd-util")
+    if found is None:
+        return None
+    said = tools.run([found, "help"], doing="asking vhd-util", check=False)
+    return found if "convert" in said.stdout + said.stderr else None
+
+
+def _qemu_img() -> str:
+    return str(tools.require("qemu-img", purpose="write images", package="qemu-utils"))
+
+
+def _qemu_img_convert() -> list[str | Path]:
+    coroutines = min(_MOST_COROUTINES, max(1, 2 * (os.cpu_count() or 1)))
+    return [_qemu_img(), "convert", "-q", "-m", str(coroutines), "-f", "raw"]
+
+
+def _take(archive: Path, target: Path) -> None:
+    """Give the archive a second name, or copy it where that cannot be."""
+    try:
+        os.link(archive, target)
+    except OSError:
+        shutil.copyfile(archive, target)
+
+
+@contextlib.contextmanager
+def _room_wanted() -> Iterator[None]:
+    try:
+        yield
     except ToolError as error:
-        hint = "make room in the output directory, or build into another one: --name DIRECTORY/NAME"
-        raise ToolError(str(error), hint=hint if _is_full(str(error)) else None) from error
+        raise ToolError(str(error), hint=_ROOM_HINT if _is_full(str(error)) else None) from error
 
 
 def _is_full(said: str) -> bool:
@@ -130,8 +351,5 @@ def _is_full(said: str) -> bool:
 
 def virtual_size_bytes(image: Path, output: DiskFormat) -> int:
     """The size of the disk that *image*, just written, holds."""
-    qemu_img = tools.require("qemu-img", purpose="measure the image", package="qemu-utils")
-    result = tools.run(
-        [qemu_img, "info", "--output=json", "-f", output.qemu_name, image], doing=f"measuring '{image.name}'"
-    )
-    return int(json.loads(result.stdout)["virtual-size"])
+    command: list[str | Path] = [_qemu_img(), "info", "--output=json", "-f", output.qemu_name, image]
+    return int(json.loads(tools.run(command, doing=f"measuring '{image.name}'").stdout)["virtual-size"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from virt_dib import formats
 from virt_dib.errors import Problem
-from virt_dib.spec import LABEL_LIMITS
+from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
 
 PROG = "virt-dib"
 ISOLATION_VARIABLE = "VIRT_DIB_ISOLATION"
@@ -88,6 +88,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _value(
             "--arch", "arch", "ARCH", "architecture the elements are told, ARCH (default: that of this host)"
         ),
+        _flag("--checksum", "checksum", "write NAME.EXT.md5 and NAME.EXT.sha256 for each output file"),
+        _value(
+            "--docker-target", "docker_target", "TARGET",
+            "repository and tag for the formats docker, which needs it, and oci",
+        ),
         _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
         _values("--extra-packages", "extra_packages", "LIST", "packages to install besides, separated by commas"),
     ),
@@ -111,8 +116,16 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "label of the root file system (default: cloudimg-rootfs, on xfs img-rootfs)",
         ),
         _value("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
-        _value("--qemu-img-options", "qemu_img_options", "LIST", "options for qemu-img convert -o"),
+        _value(
+            "--qemu-img-options", "qemu_img_options", "LIST",
+            "options for qemu-img convert -o; each goes to the formats that have it",
+        ),
         _flag("-u", "uncompressed", "do not compress qcow2 images"),
+        _value(
+            "--compression", "compression", "METHOD",
+            f"compress qcow2 images with {' or '.join(COMPRESSIONS)}, which is faster and needs qemu 5.1 to be read "
+            f"(default: {COMPRESSIONS[0]})",
+        ),
         _flag("--no-delete-on-failure", "keep_on_failure", "keep incomplete output files when the build fails"),
     ),
     "where scripts run": (
@@ -195,6 +208,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "debug": ("0", "1", "2"),
     "size": ("auto", "5G", "10G"),
     "fs_type": tuple(LABEL_LIMITS),
+    "compression": COMPRESSIONS,
     "isolation": ("vm", "sandbox", "auto"),
     "extra_data": ("guest", "host"),
     "kvm": ("auto", "on", "off"),
@@ -228,6 +242,9 @@ class Given:
     root_label: str | None = None
     mkfs_options: str | None = None
     qemu_img_options: str | None = None
+    docker_target: str | None = None
+    checksum: bool = False
+    compression: str | None = None
     uncompressed: bool = False
     keep_on_failure: bool = False
     memory: str | None = None

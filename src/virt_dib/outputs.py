@@ -7,13 +7,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from virt_dib import archives, formats, staging
 from virt_dib import environment as contract
-from virt_dib import formats, staging
 from virt_dib.appliance import Appliance
+from virt_dib.archives import Imported
 from virt_dib.interrupts import shielded
 from virt_dib.report import Artifact
 from virt_dib.spec import BuildSpec
 
+_DIRECTORY = "directory"
 _OUT_LIMIT_BYTES = 16 * 1024**3
 
 
@@ -36,7 +38,9 @@ class Outputs:
         self._workspace = workspace
         self._directory = spec.output_dir
         self._mark = workspace.name.rpartition("-")[2]
-        self._partial: list[tuple[Path, Path, formats.DiskFormat | None]] = []
+        self._partial: list[tuple[Path, Path, formats.Format | str]] = []
+        """What is written, its final name, and the format or the word for it in the report."""
+        self._imported: Imported | None = None
         self.left: tuple[str, ...] = ()
         """The names in what will be ``NAME.d``."""
 
@@ -47,7 +51,7 @@ class Outputs:
         """
         archive = self._workspace / "out.tar"
         appliance.archive(contract.OUT, archive, limit_bytes=_OUT_LIMIT_BYTES)
-        partial = self._new(f"{self._spec.name}.d", None)
+        partial = self._new(f"{self._spec.name}.d", _DIRECTORY)
         partial.mkdir()
         copied = staging.copy_out(archive, partial, limit_bytes=_OUT_LIMIT_BYTES)
         archive.unlink()
@@ -58,20 +62,36 @@ class Outputs:
             self._partial.pop()
         return copied.left_out
 
-    def convert(self, outputs: Sequence[formats.DiskFormat], disk: Path) -> None:
-        """Write all formats."""
-        spec = self._spec
-        names = {f"{spec.name}.{output.suffix}": output for output in outputs}
+    def convert(self, outputs: Sequence[formats.Format], sources: formats.Sources) -> None:
+        """Write all formats; the image for an engine goes there, when the others are complete, without its name."""
+        names = {f"{self._spec.name}.{output.suffix}": output for output in outputs if output.is_file}
         targets = {name: (self._new(name, output), output) for name, output in names.items()}
-        formats.write(disk, targets, compress=spec.compress, options=spec.qemu_img_options)
+        formats.write(self._spec, sources, targets, self._workspace)
+        if formats.wants_engine(outputs):
+            self._imported = formats.load(self._spec, sources)
+
+    def sum(self) -> None:
+        """Write the checksums of all output files, in the form of md5sum(1)."""
+        files = {final.name: partial for partial, final, kind in self._partial if isinstance(kind, formats.Format)}
+        for name, sums in archives.sums_of(files, self._spec.checksums).items():
+            for kind, digest in sums.items():
+                self._new(f"{name}.{kind}", "checksum").write_text(_checksum_line(digest, name))
 
     def publish(self) -> tuple[Artifact, ...]:
-        """Give every file its name; what had that name before goes last, when all the new ones are in place."""
-        artifacts = tuple(_artifact(partial, final, output) for partial, final, output in self._partial)
+        """Give every file its name; what had that name before goes last, when all the new ones are in place.
+
+        Raises:
+            ToolError: the engine does not give the image its name.
+        """
+        artifacts = tuple(_artifact(partial, final, kind) for partial, final, kind in self._partial)
         replaced = []
+        if self._imported is not None and self._spec.docker_target is not None:
+            self._imported.tag(self._spec.docker_target)
+            # What has its name stays.
+            self._imported = None
         with shielded():
-            for partial, final, output in self._partial:
-                if output is None and final.is_dir():
+            for partial, final, kind in self._partial:
+                if kind == _DIRECTORY and final.is_dir():
                     aside = final.with_name(f".{final.name}.{self._mark}.old")
                     final.rename(aside)
                     replaced.append(aside)
@@ -85,26 +105,39 @@ class Outputs:
         """Remove the partial files, and nothing else, unless the user wants to keep them."""
         if not self._spec.delete_on_failure:
             return
+        if self._imported is not None:
+            self._imported.remove()
         with shielded():
-            for partial, _final, _output in self._partial:
+            for partial, _final, _kind in self._partial:
                 if partial.is_dir():
                     staging.remove_tree(partial)
                 else:
                     partial.unlink(missing_ok=True)
 
-    def _new(self, name: str, output: formats.DiskFormat | None) -> Path:
+    def _new(self, name: str, kind: formats.Format | str) -> Path:
         partial = self._directory / f".{name}.{self._mark}.partial"
-        self._partial.append((partial, self._directory / name, output))
+        self._partial.append((partial, self._directory / name, kind))
         return partial
 
+    @property
+    def engine(self) -> str | None:
+        """The engine that has the image for containers."""
+        return None if self._imported is None else self._imported.engine.name
 
-def _artifact(partial: Path, final: Path, output: formats.DiskFormat | None) -> Artifact:
-    if output is None:
+
+def _checksum_line(digest: str, name: str) -> str:
+    """As md5sum writes it, which marks a line where a backslash stands for more than itself."""
+    escaped = name.replace("\\", "\\\\")
+    return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
+
+
+def _artifact(partial: Path, final: Path, kind: formats.Format | str) -> Artifact:
+    if kind == _DIRECTORY:
         size = sum(entry.stat().st_blocks * 512 for entry in partial.rglob("*") if entry.is_file())
-        return Artifact(path=final, format="directory", allocated_bytes=size)
+        return Artifact(path=final, format=_DIRECTORY, allocated_bytes=size)
     return Artifact(
         path=final,
-        format=output.name,
+        format=kind if isinstance(kind, str) else kind.name,
         allocated_bytes=partial.stat().st_blocks * 512,
-        virtual_bytes=formats.virtual_size_bytes(partial, output),
+        virtual_bytes=formats.virtual_size_bytes(partial, kind) if isinstance(kind, formats.DiskFormat) else None,
     )

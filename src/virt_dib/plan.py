@@ -17,7 +17,7 @@ from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
 from virt_dib.errors import PrerequisiteError, Problem, UsageError, VirtDibError
-from virt_dib.formats import DiskFormat
+from virt_dib.formats import Format
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
@@ -41,7 +41,7 @@ class BuildPlan:
     elements: Sequence[Element]
     hooks: HookTree
     layout: Layout
-    formats: Sequence[DiskFormat]
+    formats: Sequence[Format]
     no_image: str | None
     """What says that no image is to be written (contract section 1.8); there are no *formats* then."""
     staging: Staging
@@ -91,7 +91,9 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     if outputs is not None and no_image is not None:
         outputs = ()
     found.tell(lambda: _check_places(spec, outputs or ()))
-    found.tell(lambda: formats.check_options(outputs or (), spec.qemu_img_options, workspace / "options.img"))
+    found.add(prerequisites.format_problems(outputs or ()))
+    found.tell(lambda: formats.check_spec(outputs or (), spec))
+    found.tell(lambda: formats.check_options(outputs or (), spec, workspace / "options"))
     found.stop()
     if chosen is None or installation is None or outputs is None:
         raise AssertionError
@@ -169,7 +171,7 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _check_places(spec: BuildSpec, outputs: Sequence[DiskFormat]) -> None:
+def _check_places(spec: BuildSpec, outputs: Sequence[Format]) -> None:
     """Refuse now what would keep the finished files from their names.
 
     Raises:
@@ -177,7 +179,9 @@ def _check_places(spec: BuildSpec, outputs: Sequence[DiskFormat]) -> None:
     """
     directory = spec.output_dir
     hint = "move it away, or give another --name"
-    names = [f"{spec.name}.log", *(f"{spec.name}.{output.suffix}" for output in outputs)]
+    images = [f"{spec.name}.{output.suffix}" for output in outputs if output.is_file]
+    sums = [f"{name}.{kind}" for name in images for kind in spec.checksums]
+    names = [f"{spec.name}.log", *images, *sums]
     problems = [
         Problem(f"cannot write '{directory / name}': a directory is in its place", hint)
         for name in names

@@ -10,12 +10,13 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import appliance, boot, dib, kvm, sandbox, supermin, tools
+from virt_dib import appliance, archives, boot, dib, kvm, sandbox, supermin, tools
 from virt_dib.errors import Problem, VirtDibError
+from virt_dib.formats import Format, wants_engine
 from virt_dib.monitor import size_text
 
 _GUESTFS_DIRS = ("usr/lib/*/guestfs", "usr/lib64/guestfs", "usr/lib/guestfs")
@@ -91,6 +92,22 @@ _ELEMENT_TOOLS = (
     _Tool("lvm", "make logical volumes", "lvm2", "lvm2"),
 )
 """The appliance takes them from this host; which of them a build uses is up to its elements."""
+
+
+_TAR = _Tool("tar", "archive the tree in the appliance", "tar", "tar")
+_GZIP = _Tool("gzip", "compress archives", "gzip", "gzip")
+_FORMAT_TOOLS = {
+    "tar": (_TAR,),
+    "tgz": (_TAR, _GZIP),
+    "oci": (_TAR, _GZIP),
+    "docker": (_TAR,),
+    "squashfs": (
+        _TAR,
+        _Tool("sqfstar", "make a squashfs", "squashfs-tools", "squashfs-tools"),
+        _Tool("bwrap", "keep what makes the squashfs from the host", "bubblewrap", "bubblewrap"),
+    ),
+}
+"""What formats need besides, by their names. The appliance takes tar from this host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +194,7 @@ def checks(host: Host, *, cache: Path) -> list[Check]:
         _kvm(wanted, cache),
         *_sandbox(),
         *(_tool(tool, host.distribution, required=False) for tool in _ELEMENT_TOOLS),
+        *(_tool(tool, host.distribution, required=False, user="formats") for tool in _format_tools(_FORMAT_TOOLS)),
         _uefi(host.distribution),
     ]
 
@@ -184,6 +202,24 @@ def checks(host: Host, *, cache: Path) -> list[Check]:
 def require_prerequisites(host: Host | None = None) -> list[Problem]:
     """What is missing on this host for any build at all, in the words of the doctor; takes a moment only."""
     return [Problem(check.detail, check.hint) for check in _required(host or Host.here()) if not check.ok]
+
+
+def format_problems(outputs: Sequence[Format]) -> list[Problem]:
+    """What is missing on this host for *outputs*, besides what any build needs."""
+    distribution = Host.here().distribution
+    wanted = _format_tools(output.name for output in outputs)
+    checks = [_tool(tool, distribution, required=True) for tool in wanted]
+    found = [Problem(check.detail, check.hint) for check in checks if not check.ok]
+    confinement = archives.confinement_problem() if any(output.name == "squashfs" for output in outputs) else None
+    found += [confinement] if confinement is not None else []
+    if wants_engine(outputs) and archives.find_engine() is None:
+        found.append(
+            Problem(
+                "no engine for containers answers, neither docker nor podman, needed for the format docker",
+                "start docker and allow it to this user, or " + distribution.install("podman", "podman"),
+            )
+        )
+    return found
 
 
 _NOT_FOUND = re.compile(
@@ -216,11 +252,16 @@ def _required(host: Host) -> Iterator[Check]:
         yield _tool(tool, distribution, required=True)
 
 
-def _tool(tool: _Tool, distribution: Distribution, *, required: bool) -> Check:
+def _format_tools(names: Iterable[str]) -> list[_Tool]:
+    """Each of them once."""
+    return list(dict.fromkeys(tool for name in names for tool in _FORMAT_TOOLS.get(name, ())))
+
+
+def _tool(tool: _Tool, distribution: Distribution, *, required: bool, user: str = "elements") -> Check:
     found = tools.find(tool.program)
     if found is not None:
         return Check(name=tool.program, ok=True, detail=str(found), required=required)
-    use = "needed to" if required else "which some elements use to"
+    use = "needed to" if required else f"which some {user} use to"
     return Check(
         name=tool.program,
         ok=False,

@@ -55,7 +55,7 @@ class Artifact:
 
     path: Path
     format: str
-    """An output format, or ``log`` or ``directory``."""
+    """An output format, or ``log``, ``directory`` or ``checksum``."""
     allocated_bytes: int
     """What it takes on the host's disk."""
     virtual_bytes: int | None = None

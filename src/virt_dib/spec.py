@@ -78,6 +78,12 @@ DISK_PHASES = (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLE
 LABEL_LIMITS = {"ext2": 16, "ext3": 16, "ext4": 16, "xfs": 12, "vfat": 11, "btrfs": 255}
 """Longest label in bytes (diskimage_builder/block_device/level2/mkfs.py; btrfs from its manual)."""
 
+COMPRESSIONS = ("zlib", "zstd")
+"""Of qcow2: the first is what every qemu reads, the second is faster, for qemu 5.1 and later."""
+
+CHECKSUMS = ("md5", "sha256")
+"""Those that ``--checksum`` makes (manual, option --checksum)."""
+
 DEFAULT_SIZE_BYTES = 5 * 1024**3
 """``--size`` when it is not given (manual, option --size)."""
 
@@ -141,8 +147,13 @@ class BuildSpec:
     extra_data: ExtraData = ExtraData.GUEST
     delete_on_failure: bool = True
     compress: bool = True
+    compression: str = COMPRESSIONS[0]
+    """How qcow2 images are compressed, if they are."""
     qemu_img_options: str = ""
-    checksum: bool = False
+    docker_target: str | None = None
+    """Repository and tag of an image for containers."""
+    checksums: tuple[str, ...] = ()
+    """Of ``CHECKSUMS``, those wanted for each output file."""
     arguments: tuple[str, ...] = ()
     """The command line as given, for DIB_ARGS."""
 
@@ -152,6 +163,13 @@ class BuildSpec:
         return (self.ramdisk_element or "ramdisk") if self.ramdisk else None
 
 
+_DOCKER_DOMAIN = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?"
+_DOCKER_COMPONENT = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_DOCKER_TARGET = re.compile(
+    rf"(?:{_DOCKER_DOMAIN}/)?{_DOCKER_COMPONENT}(?:/{_DOCKER_COMPONENT})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?"
+)
+"""A reference without digest (github.com/distribution/reference)."""
+_LONGEST_DOCKER_TARGET = 255
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[bkKMGTPE]?)(?:i?B)?")
 _UNITS = {"b": 1, "k": 1024, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5, "E": 1024**6}
 LARGEST_DISK_BYTES = 2**60
@@ -189,6 +207,7 @@ def check_spec(spec: BuildSpec) -> None:
 def _problems(spec: BuildSpec) -> Iterator[Problem]:
     checks = [functools.partial(check_name, spec.name), functools.partial(check_arch, spec.arch)]
     checks += [functools.partial(check_variable, *variable) for variable in spec.variables.items()]
+    checks += [functools.partial(check_docker_target, spec.docker_target)] if spec.docker_target is not None else []
     for check in checks:
         try:
             check()
@@ -205,6 +224,8 @@ def _problems(spec: BuildSpec) -> Iterator[Problem]:
     for what, value, known in (
         ("file system", spec.fs_type, tuple(LABEL_LIMITS)),
         ("install type", spec.install_type, INSTALL_TYPES),
+        ("compression", spec.compression, COMPRESSIONS),
+        *(("checksum", checksum, CHECKSUMS) for checksum in spec.checksums),
     ):
         if value not in known:
             yield Problem(f"unknown {what} '{value}'", f"choose from {', '.join(known)}")
@@ -300,4 +321,17 @@ def check_label(label: str, fs_type: str) -> None:
         raise UsageError(
             f"root label '{label}' is too long for {fs_type}: {len(label)} characters, {limit} at most",
             hint="give a shorter --root-label",
+        )
+
+
+def check_docker_target(target: str) -> None:
+    """Refuse what cannot be the name of an image for containers.
+
+    Raises:
+        UsageError: it is not ``[HOST/]NAME[:TAG]``.
+    """
+    if len(target) > _LONGEST_DOCKER_TARGET or not _DOCKER_TARGET.fullmatch(target):
+        raise UsageError(
+            f"cannot use '{target}' as the docker target",
+            hint="give a repository in lower case and a tag, such as debian:13 or registry.example.org/os/debian:13",
         )

@@ -35,6 +35,16 @@ class Result:
     stderr: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A program to run, and the files it reads and writes."""
+
+    words: Sequence[str | Path]
+    stdin: Path | None = None
+    stdout: Path | None = None
+    """A file to make; otherwise the output is in the result."""
+
+
 def find(name: str) -> Path | None:
     """The program *name* on PATH or, for users whose PATH lacks it, in the system's directories."""
     search = os.pathsep.join([os.environ.get("PATH", ""), *_SYSTEM_DIRS])
@@ -124,18 +134,33 @@ def run(
     return result
 
 
-def run_together(commands: Mapping[str, Sequence[str | Path]]) -> None:
-    """Run all *commands* at the same time, to their ends. Their keys name the work in errors.
+def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
+    """Run all *commands* at the same time, to their ends. Their keys name the work in errors and results.
 
     Raises:
         ToolError: one cannot be started or fails; the others are stopped.
     """
+    results = {}
     with contextlib.ExitStack() as stack:
-        running = {doing: stack.enter_context(started(command)) for doing, command in commands.items()}
+        running = {doing: stack.enter_context(_with_files(command)) for doing, command in commands.items()}
         for doing, process in running.items():
             out, err = _communicate(process)
-            program = Path(os.fspath(commands[doing][0])).name
-            _check(_result(process.returncode, out, err), process.returncode, f"{doing}: '{program}'")
+            program = Path(os.fspath(commands[doing].words[0])).name
+            # None instead of what went into a file.
+            results[doing] = _result(process.returncode, out or b"", err)
+            _check(results[doing], process.returncode, f"{doing}: '{program}'")
+    return results
+
+
+@contextlib.contextmanager
+def _with_files(command: Command) -> Iterator[subprocess.Popen[bytes]]:
+    with contextlib.ExitStack() as stack:
+        stdin, stdout = subprocess.DEVNULL, subprocess.PIPE
+        if command.stdin is not None:
+            stdin = stack.enter_context(command.stdin.open("rb")).fileno()
+        if command.stdout is not None:
+            stdout = stack.enter_context(command.stdout.open("wb")).fileno()
+        yield stack.enter_context(started(command.words, stdin=stdin, stdout=stdout))
 
 
 @contextlib.contextmanager
@@ -188,7 +213,9 @@ def describe_status(code: int) -> str:
 
 def _last_words(result: Result) -> str:
     lines = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
-    return ": " + " / ".join(lines[-_ERROR_LINES:]) if lines else ""
+    said = " / ".join(lines[-_ERROR_LINES:])
+    # It may have been reading what comes from the guest.
+    return ": " + "".join(c if c.isprintable() else "?" for c in said) if said else ""
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
