@@ -159,12 +159,21 @@ def qemu_img() -> Path:
     return tools.require("qemu-img", purpose="run the tests", package="qemu-utils")
 
 
+def test_a_disk_too_large_for_its_format() -> None:
+    outputs = formats.select(["qcow2", "vhd", "vhdx"])
+    formats.check_spec(outputs, asking(size_bytes=2040 << 30))
+    with pytest.raises(UsageError, match="the format vhd holds at most 2040 GiB"):
+        formats.check_spec(outputs, asking(size_bytes=(2040 << 30) + 65536))
+    with pytest.raises(UsageError, match="the format vhdx holds at most 65536 GiB"):
+        formats.check_spec(formats.select(["vhdx"]), asking(size_bytes=65 << 40))
+
+
 def test_docker_needs_a_target() -> None:
     outputs = formats.select(["docker", "oci"])
     with pytest.raises(UsageError, match="the format docker needs a repository and tag"):
-        formats.check_target(outputs, asking())
-    formats.check_target(outputs, asking(docker_target="a:1"))
-    formats.check_target(formats.select(["oci", "tar", "qcow2"]), asking())
+        formats.check_spec(outputs, asking())
+    formats.check_spec(outputs, asking(docker_target="a:1"))
+    formats.check_spec(formats.select(["oci", "tar", "qcow2"]), asking())
 
 
 # ---- what comes out of the guest ----

@@ -111,7 +111,7 @@ class DiskStage:
         if plan.no_image is not None:
             # Nobody will look into it any more.
             guest_script(self._appliance, "tree.sh", "let_go", contract.TREE).check("letting go of the image")
-            return size_kib * 1024
+            return Lengths(image_bytes=size_kib * 1024, archive_bytes=None)
         with self._phases.step(STEPS[2]):
             points = plan.layout.block_devices.mount_points.split("|")
             guest_script(self._appliance, "tree.sh", "clean", contract.TREE, *points).check("cleaning the image")

@@ -16,7 +16,7 @@ from pathlib import Path
 from virt_dib import archives, tools
 from virt_dib.archives import Imported
 from virt_dib.errors import ToolError, UsageError
-from virt_dib.spec import COMPRESSIONS, BuildSpec
+from virt_dib.spec import COMPRESSIONS, LARGEST_DISK_BYTES, BuildSpec
 from virt_dib.tools import Command
 
 _MOST_COROUTINES = 16
@@ -50,6 +50,8 @@ class DiskFormat(Format):
     """Those of qemu-img convert -o that it always has; the user's come after them and win."""
     compresses: bool = False
     takes_options: bool = True
+    most_bytes: int = LARGEST_DISK_BYTES
+    """The largest disk that qemu-img makes of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +67,8 @@ _FORMATS: Mapping[str, Format] = {
         DiskFormat(name="raw", qemu_name="raw", takes_options=False),
         # Azure takes no other form: fixed, and its size as the footer says it, not as cylinders would. Hyper-V and
         # Xen take it as well.
-        DiskFormat(name=_VHD, qemu_name="vpc", options="subformat=fixed,force_size=on"),
-        DiskFormat(name="vhdx", qemu_name="vhdx"),
+        DiskFormat(name=_VHD, qemu_name="vpc", options="subformat=fixed,force_size=on", most_bytes=2040 << 30),
+        DiskFormat(name="vhdx", qemu_name="vhdx", most_bytes=64 << 40),
         DiskFormat(name="vmdk", qemu_name="vmdk"),
         DiskFormat(name="vdi", qemu_name="vdi"),
         TreeFormat(name="tar"),
@@ -116,12 +118,18 @@ def wants_engine(outputs: Sequence[Format]) -> bool:
     return any(not output.is_file for output in outputs)
 
 
-def check_target(outputs: Sequence[Format], spec: BuildSpec) -> None:
-    """Refuse an image for an engine that has no name there.
+def check_spec(outputs: Sequence[Format], spec: BuildSpec) -> None:
+    """Refuse an image for an engine that has no name there, and a disk too large for its format.
 
     Raises:
-        UsageError: ``--docker-target`` is missing.
+        UsageError: ``--docker-target`` is missing, or ``--size`` is too large.
     """
+    for output in outputs:
+        if isinstance(output, DiskFormat) and spec.size_bytes is not None and spec.size_bytes > output.most_bytes:
+            raise UsageError(
+                f"the format {output.name} holds at most {output.most_bytes >> 30} GiB",
+                hint="give a smaller --size, or leave out the format",
+            )
     if wants_engine(outputs) and spec.docker_target is None:
         raise UsageError(
             "the format docker needs a repository and tag for the image",
