@@ -47,6 +47,15 @@ _STOP_TIMEOUT_S = 120.0
 _STARTING = "starting the appliance"
 BLOCK_DEVICE_DIR = "/run/virt-dib"
 """In the appliance; where DIB's dib-block-device takes commands (``guest/block-device.sh``)."""
+_DRIVE_SCRIPT = ("/bin/bash", "/sysroot/guest/drive.sh")
+_DRIVE_POINT = "/sysroot/drive"
+_DRIVE_TIMEOUT_S = 30.0
+_DRIVE_HINTS = {
+    3: "make a file system on it: mkfs.ext4 FILE for a raw image, or see docs/caches.md",
+    4: "check it: e2fsck -f FILE or xfs_repair FILE for a raw image without partitions; or make a new drive",
+    5: "remove files in it, or make a larger drive; 10G or more are recommended",
+}
+"""By the statuses of ``guest/drive.sh``."""
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -65,10 +74,11 @@ class _NoAnswerError(ApplianceError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
-    """A raw disk image on the host and the name the guest finds it by, ``/dev/disk/guestfs/LABEL``."""
+    """A disk image on the host and the name the guest finds it by, ``/dev/disk/guestfs/LABEL``."""
 
     path: Path
     label: str
+    format: str = "raw"
 
     @property
     def device(self) -> str:
@@ -86,6 +96,8 @@ class Settings:
     """The qemu to start, instead of the one that libguestfs takes."""
     early_disk: Disk | None = None
     """What is staged for a build, when the build disk is made only while the appliance starts."""
+    drive: Disk | None = None
+    """The helper drive; what the guest says is written to it is there."""
     cache_dir: Path
     memory_mib: int
     cpus: int
@@ -131,6 +143,7 @@ class Appliance:
         self._jobs = 0
         self._pid: int | None = None
         self._running = True
+        self._drive_is_open = False
 
     # ---- life ----
 
@@ -158,14 +171,27 @@ class Appliance:
         if self._settings.early_disk is not None:
             self._call("unmounting what was staged", self._leave_early_disk)
             self._call("mounting the build disk in the appliance", self._mount, self._settings.disks[0])
+        if self._settings.drive is not None:
+            self._open_drive(self._settings.drive, timeout_s)
         command = ["/bin/bash", "/sysroot/guest/setup.sh"]
         self.run(command, {"PATH": contract.SYSTEM_PATH}, "/", limit_s=timeout_s).check("preparing the appliance")
+
+    def _open_drive(self, drive: Disk, timeout_s: float) -> None:
+        command = [*_DRIVE_SCRIPT, "open", f"/dev/disk/guestfs/{drive.label}", _DRIVE_POINT]
+        self._drive_is_open = True
+        result = self.run(command, {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}, "/", limit_s=timeout_s)
+        if result.exit_status != 0:
+            self._drive_is_open = False
+            reason = ([line for line in result.tail.splitlines() if line.strip()] or ["no reason given"])[-1]
+            raise ApplianceError(
+                f"cannot use '{drive.path}' as helper drive: {reason}", hint=_DRIVE_HINTS.get(result.exit_status)
+            )
 
     def _start_again(self) -> None:
         """Have a new virtual machine in place of one that has been killed."""
         with shielded():
             self._caller.submit(self._handle.close).result()
-            self._pid = None
+            self._pid, self._drive_is_open = None, False
             self._handle = self._caller.submit(_handle, self._settings).result()
             self._starting = self._caller.submit(self._start)
 
@@ -200,12 +226,21 @@ class Appliance:
         Raises:
             ApplianceError: the disks could not be written.
         """
+        try:
+            self._call("unmounting the helper drive", self._close_drive)
+        except ApplianceError as error:
+            # The image is good all the same.
+            if self._settings.on_message is not None:
+                self._settings.on_message(f"{error}; check it before it is used again")
         self._call("writing the disks", self._handle.shutdown, timeout_s=_STOP_TIMEOUT_S)
         self._running = False
 
     def close(self) -> None:
         """End the virtual machine if it still runs, without a word to it, and free everything."""
         with shielded():
+            if self._drive_is_open and self._running:
+                concurrent.futures.wait([self._caller.submit(self._close_drive)], _DRIVE_TIMEOUT_S)
+            self._drive_is_open = False
             closed = self._caller.submit(self._handle.close)
             self._kill()
             while not concurrent.futures.wait([closed], _KILL_INTERVAL_S).done:
@@ -213,6 +248,22 @@ class Appliance:
                 self._kill()
             self._running = False
             self._caller.shutdown()
+
+    def _close_drive(self) -> None:
+        """In the thread of libguestfs."""
+        if self._drive_is_open:
+            self._handle.debug("sh", [" ".join([*_DRIVE_SCRIPT, "close", _DRIVE_POINT])])
+            self._drive_is_open = False
+
+    def keep_log(self, log: Path) -> None:
+        """Copy the log of a build to the helper drive, if there is one (manual, section HELPER DRIVE).
+
+        Raises:
+            ApplianceError: there is no space on it, or it is read-only since something is wrong with it.
+        """
+        if self._drive_is_open:
+            name = time.strftime("/drive/virt-dib-%Y%m%d-%H%M%S.log")
+            self._call("writing the log to the helper drive", self._handle.upload, str(log), name)
 
     # ---- work ----
 
@@ -355,7 +406,7 @@ class Appliance:
 
     def _check_host_space(self) -> None:
         """Stop before qemu does: it waits for space for ever, and the build would just stand still."""
-        for disk in self._settings.disks:
+        for disk in [*self._settings.disks, *([self._settings.drive] if self._settings.drive else [])]:
             state = os.statvfs(disk.path)
             if state.f_bavail * state.f_frsize < _HOST_RESERVE_BYTES:
                 raise ApplianceError(
@@ -386,8 +437,10 @@ class Appliance:
             return future.result()
         except RuntimeError as error:
             raise ApplianceError(f"{doing}: {_first_line(error)}", hint=_hint_for(str(error))) from error
-        except BaseException:
-            self._kill()
+        except BaseException as error:
+            # With a drive close() does it, once nothing is left to be written there; if the machine still answers.
+            if isinstance(error, _NoAnswerError) or not self._drive_is_open:
+                self._kill()
             raise
 
     def _kill(self) -> None:
@@ -459,6 +512,10 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         )
     for disk in [*settings.disks, *([settings.early_disk] if settings.early_disk else [])]:
         handle.add_drive_opts(str(disk.path), format="raw", label=disk.label, cachemode="unsafe", discard="besteffort")
+    if settings.drive is not None:
+        drive = settings.drive
+        # It outlives the build: what the guest has been told is on the disk must be there.
+        handle.add_drive_opts(str(drive.path), format=drive.format, label=drive.label, cachemode="writeback")
     return handle
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import disk_stage, extra_data, formats, kvm, layout, network, sandbox, staging, supermin, tools
+from virt_dib import disk_stage, drive, extra_data, formats, kvm, layout, network, sandbox, staging, supermin, tools
+from virt_dib import environment as contract
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage, Lengths
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, cancellable
@@ -86,7 +87,7 @@ def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, mo
     log_path = spec.output_dir / f"{spec.name}.log"
     with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, problems, options)
-        with monitor.logging(log_path):
+        with drive.held(plan.drive), monitor.logging(log_path):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
             build = _Build(plan, Phases(plan.hooks.owners, monitor), workspace, options)
             artifacts = build.run()
@@ -186,6 +187,8 @@ class _Build:
         self._tell_mode()
         verdict = kvm.choose(wanted=self._options.kvm, kernel=None, cache_dir=supermin.cache_dir())
         in_sandbox = self._choose_sandbox(verdict)
+        if plan.image_cache is not None:
+            plan.image_cache.copy_to(plan.staging.inside(contract.cache_of_extra_data(plan.spec)))
         with open_outputs(plan.spec, self._workspace) as outputs:
             _make_sparse(self._image_disk.path, plan.layout.disk_bytes)
             if self._archive_disk is not None:
@@ -194,6 +197,7 @@ class _Build:
             with stages(verdict) as (appliance, lengths):
                 for name in outputs.add(appliance):
                     self._monitor.warning(f"neither file nor directory, not taken over from the guest: {name}")
+                self._keep_log(appliance)
                 appliance.stop()
             self._check_left(outputs.left)
             if plan.no_image is None:
@@ -250,6 +254,10 @@ class _Build:
         """Whether the tree stage runs in the sandbox; says why, and what an emulated appliance costs."""
         wanted = self._options.isolation
         fast = verdict.acceleration is Acceleration.KVM
+        with_drive = self._plan.drive is not None
+        if wanted is Isolation.AUTO and with_drive:
+            self._monitor.message("isolation: vm, the only one that can use a helper drive")
+            wanted = Isolation.VM
         if wanted is Isolation.AUTO:
             problems = [] if fast else sandbox.problems(network=self._plan.spec.network)
             if fast:
@@ -262,7 +270,10 @@ class _Build:
             return not fast and not problems
         if wanted is Isolation.VM and not fast:
             self._monitor.message(f"emulating the appliance, about 15 times slower than with KVM: {verdict.reason}")
-            self._monitor.message("hint: --isolation sandbox runs the elements at native speed, see docs/isolation.md")
+            instead = ", with --image-cache instead of --drive" if with_drive else ""
+            self._monitor.message(
+                f"hint: --isolation sandbox runs the elements at native speed{instead}, see docs/isolation.md"
+            )
         return wanted is Isolation.SANDBOX
 
     # ---- the stages ----
@@ -279,8 +290,22 @@ class _Build:
                 appliance.prepare()
             stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path, self._archive_disk)
             open_host = None if host is None else functools.partial(self._host_with_copy, host, appliance)
-            tree_kib = make_tree(self._plan, self._phases, appliance, open_host=open_host)
-            yield appliance, stage.make_image(tree_kib, None)
+            try:
+                tree_kib = make_tree(self._plan, self._phases, appliance, open_host=open_host)
+                lengths = stage.make_image(tree_kib, None)
+            except VirtDibError:
+                self._keep_log(appliance)
+                raise
+            yield appliance, lengths
+
+    def _keep_log(self, appliance: Appliance) -> None:
+        """On the helper drive; never a reason to end a build."""
+        if self._monitor.log_path is None:
+            return
+        try:
+            appliance.keep_log(self._monitor.log_path)
+        except ApplianceError as error:
+            self._monitor.warning(str(error))
 
     @contextlib.contextmanager
     def _in_sandbox(self, verdict: Verdict) -> Iterator[tuple[Appliance, Lengths]]:
@@ -358,10 +383,12 @@ class _Build:
             return None
 
     def _settings(self, verdict: Verdict, program: Path | None, early: Disk | None) -> Settings:
+        helper = self._plan.drive
         return Settings(
             program=program,
             disks=[self._build_disk, self._image_disk, *([self._archive_disk] if self._archive_disk else [])],
             early_disk=early,
+            drive=Disk(path=helper.path, label="drive", format=helper.format) if helper is not None else None,
             cache_dir=supermin.cache_dir(),
             memory_mib=self._plan.memory_mib,
             cpus=self._plan.cpus,

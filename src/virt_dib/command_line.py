@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import __version__, formats, kvm
+from virt_dib import __version__, drive, formats, kvm
 from virt_dib.errors import Problem, UsageError
 from virt_dib.machine_readable import Target, parse_target
 from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, listed_names, sort_words
@@ -147,6 +147,8 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         ),
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
+        drive=values.take(lambda: _path("--drive", given.drive, "disk image"), None),
+        drive_format=values.take(lambda: _drive_format(given.drive_format), None),
         image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None),
         extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST),
         delete_on_failure=not given.keep_on_failure,
@@ -268,10 +270,14 @@ def _arch(text: str | None) -> str:
     return text
 
 
-def _path(option: str, text: str | None) -> Path | None:
+def _path(option: str, text: str | None, what: str = "directory") -> Path | None:
     if text is not None and (not text or "\0" in text):
-        raise UsageError(f"cannot use '{text}' as the directory of {option}", hint="give an existing directory")
+        raise UsageError(f"cannot use '{text}' as the {what} of {option}", hint=f"give an existing {what}")
     return None if text is None else Path(text)
+
+
+def _drive_format(text: str | None) -> str | None:
+    return None if text is None else _choice("format of the drive", text, drive.FORMATS, "raw")
 
 
 def _paths(option: str, texts: Sequence[str]) -> tuple[Path, ...]:

@@ -23,6 +23,8 @@ IMAGE_DIR = f"{GUEST}/image"
 HOME = f"{GUEST}/home"
 CACHE = f"{HOME}/.cache/image-create"
 """Where DIB and some elements have the image cache, whatever they are told."""
+SECOND_CACHE = f"{GUEST}/extra-data-cache"
+"""That of --image-cache when there is a helper drive too."""
 OUT = f"{GUEST}/out"
 SITE = f"{GUEST}/site"
 RUNNER_BIN = f"{GUEST}/bin"
@@ -131,6 +133,15 @@ def _since_pre_finalise(get: Callable[[Facts], str | None]) -> Callable[[Facts, 
     return lambda facts, phase: get(facts) if phase in phases else None
 
 
+def cache_of_extra_data(spec: BuildSpec) -> str:
+    """Where the scripts of extra-data.d find the image cache (manual, option --image-cache)."""
+    return SECOND_CACHE if spec.drive is not None and spec.image_cache is not None else CACHE
+
+
+def _image_cache(facts: Facts, phase: Phase) -> str:
+    return cache_of_extra_data(facts.spec) if phase is Phase.EXTRA_DATA else CACHE
+
+
 def _home(_facts: Facts, phase: Phase) -> str:
     return "/root" if phase.where is Where.CHROOT else HOME
 
@@ -165,7 +176,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("_BASE_ELEMENT_DIR", _base_elements),
     _Variable("IMAGE_ELEMENT", lambda facts, _: " ".join(element.name for element in facts.elements)),
     _Variable("IMAGE_ELEMENT_YAML", lambda facts, _: yaml.safe_dump(dict(facts.element_dirs))),
-    _Variable("DIB_IMAGE_CACHE", _always(CACHE), user_wins=True),
+    _Variable("DIB_IMAGE_CACHE", _image_cache, user_wins=True),
     _Variable("DIB_LOCKFILES", _always(f"{HOME}/.cache/dib/lockfiles"), user_wins=True),
     _Variable("DIB_OFFLINE", lambda facts, _: "" if facts.spec.network else "1", user_wins=True),
     _Variable("DIB_CHECKSUM", lambda facts, _: "1" if facts.spec.checksums else "0", user_wins=True),

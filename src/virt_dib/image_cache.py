@@ -62,7 +62,7 @@ class ImageCache:
         """Of what was copied."""
 
     def copy_to(self, target: Path) -> None:
-        """Copy what is cached into the existing directory *target*, without what this user may not read.
+        """Copy what is cached into the directory *target*, without what this user may not read.
 
         Symbolic links that lead elsewhere, and devices and the like, are left out too.
 
@@ -70,6 +70,7 @@ class ImageCache:
             OSError: the host refuses to write, for want of space or rights.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
+        target.mkdir(exist_ok=True)
         with _locked(self._directory, fcntl.LOCK_SH):
             for name in _entries(self._directory):
                 self._before[name] = dict(_states(self._directory, name))

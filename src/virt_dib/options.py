@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from virt_dib import formats
+from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
 from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
 
@@ -153,6 +154,14 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "caches": (
         _value(
+            "--drive", "drive", "DISK",
+            "have the home of the elements, where they cache, on this disk image; needs --isolation vm",
+        ),
+        _value(
+            "--drive-format", "drive_format", "FORMAT",
+            f"format of the drive: {', '.join(DRIVE_FORMATS)} (default: what it looks like)",
+        ),
+        _value(
             "--image-cache", "image_cache", "DIR",
             "give the elements a copy of the cache in DIR, and keep there what they cache (default: nothing is kept)",
         ),
@@ -209,6 +218,8 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "size": ("auto", "5G", "10G"),
     "fs_type": tuple(LABEL_LIMITS),
     "compression": COMPRESSIONS,
+    "drive": Offer.FILE,
+    "drive_format": DRIVE_FORMATS,
     "isolation": ("vm", "sandbox", "auto"),
     "extra_data": ("guest", "host"),
     "kvm": ("auto", "on", "off"),
@@ -250,6 +261,8 @@ class Given:
     memory: str | None = None
     cpus: str | None = None
     network: bool = True
+    drive: str | None = None
+    drive_format: str | None = None
     image_cache: str | None = None
     kvm: str | None = None
     isolation: str | None = None

@@ -12,9 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import dib, elements, extra_data, formats, hooks, image_cache, layout, prerequisites, sandbox, tools
+from virt_dib import (
+    dib,
+    drive,
+    elements,
+    extra_data,
+    formats,
+    hooks,
+    image_cache,
+    layout,
+    prerequisites,
+    sandbox,
+    tools,
+)
 from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
+from virt_dib.drive import Drive
 from virt_dib.elements import Element
 from virt_dib.errors import PrerequisiteError, Problem, UsageError, VirtDibError
 from virt_dib.formats import Format
@@ -45,6 +58,7 @@ class BuildPlan:
     no_image: str | None
     """What says that no image is to be written (contract section 1.8); there are no *formats* then."""
     staging: Staging
+    drive: Drive | None
     image_cache: ImageCache | None
     facts: contract.Facts
     memory_mib: int
@@ -71,6 +85,7 @@ def make_plan(
     found = _Findings(problems)
     if in_sandbox:
         found.add(sandbox.problems(network=spec.network))
+        found.tell(lambda: _check_no_drive(spec))
     elif spec.extra_data is ExtraData.HOST:
         found.add(extra_data.problems())
     with _room(workspace):
@@ -83,6 +98,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
     found.tell(lambda: _check_directory(spec.output_dir))
+    helper = found.tell(lambda: drive.inspect(spec.drive, spec.drive_format) if spec.drive is not None else None)
     found.tell(lambda: _check_cache(spec, environ))
     installation = found.tell(lambda: dib.find_installation(spec.dib_library))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
@@ -118,7 +134,6 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     for file in host_files:
         found.tell(functools.partial(staging.add_host_file, file))
     found.stop()
-    cache = _stage_cache(spec, staging, workspace)
     return BuildPlan(
         spec=spec,
         dib=installation,
@@ -128,7 +143,8 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         formats=outputs,
         no_image=no_image,
         staging=staging,
-        image_cache=cache,
+        drive=helper,
+        image_cache=_image_cache(spec, workspace),
         facts=contract.Facts(
             spec=spec,
             elements=chosen,
@@ -194,6 +210,21 @@ def _check_places(spec: BuildSpec, outputs: Sequence[Format]) -> None:
         raise UsageError.of(problems)
 
 
+def _check_no_drive(spec: BuildSpec) -> None:
+    if spec.drive is not None:
+        raise UsageError(
+            "cannot use --drive with --isolation sandbox: only the appliance can mount it",
+            hint="build with --isolation vm; or have the cache in a directory of the host: --image-cache DIR",
+        )
+
+
+def _image_cache(spec: BuildSpec, workspace: Path) -> ImageCache | None:
+    """What the scripts in the guest are to get a copy of."""
+    if spec.image_cache is None or (spec.drive is not None and spec.extra_data is ExtraData.HOST):
+        return None
+    return ImageCache(spec.image_cache, workspace)
+
+
 def _home(environ: Mapping[str, str]) -> Path | None:
     return Path(environ["HOME"]) if environ.get("HOME") else None
 
@@ -207,14 +238,6 @@ def _check_cache(spec: BuildSpec, environ: Mapping[str, str]) -> None:
             hint="leave out --envvar DIB_IMAGE_CACHE: with --image-cache the elements find the cache anyway",
         )
     image_cache.check(spec.image_cache, _home(environ))
-
-
-def _stage_cache(spec: BuildSpec, staging: Staging, workspace: Path) -> ImageCache | None:
-    if spec.image_cache is None:
-        return None
-    cache = ImageCache(spec.image_cache, workspace)
-    cache.copy_to(staging.inside(contract.CACHE))
-    return cache
 
 
 def _type(path: Path) -> int | None:

@@ -142,6 +142,10 @@ class BuildSpec:
     install_type: str = "source"
     excluded_elements: frozenset[str] = frozenset()
     excluded_scripts: frozenset[str] = frozenset()
+    drive: Path | None = None
+    """A disk image with the home directory of the elements outside the chroot (manual, section HELPER DRIVE)."""
+    drive_format: str | None = None
+    """``raw`` or ``qcow2``; None: what it looks like."""
     image_cache: Path | None = None
     """A directory of the host for what the elements cache; None: nothing is kept (docs/caches.md)."""
     extra_data: ExtraData = ExtraData.GUEST

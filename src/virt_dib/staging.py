@@ -23,7 +23,7 @@ from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, Us
 BUILD_DISK_BYTES = 128 * 1024**3
 """Length of the build disk; it takes what is written to it."""
 _DIRECTORIES = (
-    "build/mnt", "build/hooks", "build/block-device", "elements", "guest", "home/.cache/image-create",
+    "build/mnt", "build/hooks", "build/block-device", "drive", "elements", "guest", "home/.cache/image-create",
                 "home/.cache/dib/lockfiles", "host-files", "image", "jobs", "out", "site", "tmp")  # fmt: skip
 
 HOST_FILE_VARIABLES = (

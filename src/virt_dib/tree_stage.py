@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from virt_dib import environment as contract
 from virt_dib import image_cache, staging
@@ -62,23 +62,23 @@ def _cache_kept(plan: BuildPlan, phases: Phases, place: Place) -> Iterator[None]
     if plan.image_cache is None:
         yield
         return
-    record = f"{contract.GUEST}/image-cache.json"
-    _cache_script(place, "mark", contract.CACHE, record)
+    directory, record = contract.cache_of_extra_data(plan.spec), f"{contract.GUEST}/image-cache.json"
+    _cache_script(place, "mark", directory, record)
     try:
         yield
     except ScriptError:
-        _keep_cache(plan.image_cache, phases, place, record)
+        _keep_cache(plan.image_cache, phases, place, [directory, record])
         raise
-    _keep_cache(plan.image_cache, phases, place, record)
+    _keep_cache(plan.image_cache, phases, place, [directory, record])
 
 
-def _keep_cache(cache: ImageCache, phases: Phases, place: Place, record: str) -> None:
+def _keep_cache(cache: ImageCache, phases: Phases, place: Place, since: Sequence[str]) -> None:
     """Never a reason to end a build."""
     monitor = phases.monitor
     gathered = f"{contract.GUEST}/image-cache"
     with phases.step(CACHE_STEP):
         try:
-            _cache_script(place, "gather", contract.CACHE, record, gathered)
+            _cache_script(place, "gather", *since, gathered)
             place.archive(gathered, cache.archive, limit_bytes=image_cache.LIMIT_BYTES)
             received = cache.receive()
         except (ApplianceError, OSError) as error:
@@ -89,7 +89,9 @@ def _keep_cache(cache: ImageCache, phases: Phases, place: Place, record: str) ->
     for name in received.refused:
         monitor.warning(f"not cached, since it has changed in the image cache meanwhile: {name}")
     for name in received.left_out[:_MOST_NAMES]:
-        monitor.warning(f"not cached, since it is no file, no directory and no link inside the cache: {name}")
+        monitor.warning(
+            f"not cached, since it is no file, no directory and no link inside the cache: {name.removeprefix('./new/')}"
+        )
 
 
 def _cache_script(place: Place, *arguments: str) -> None:

@@ -24,7 +24,10 @@ cd /dib
 # everything has its owner already, the image's tree above all.
 if [[ $(stat -c %u:%g guest) != 0:0 ]]; then
     chown -R -h 0:0 build elements guest home image out site host-files jobs tmp
+    [[ ! -d extra-data-cache ]] || chown -R -h 0:0 extra-data-cache
 fi
+# The home directory is that of the helper drive, if there is one.
+! mountpoint -q /sysroot/drive || mount --bind /sysroot/drive/home home
 chmod 1777 tmp
 chmod 755 build
 # In the disk stage alone there is none yet.

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The helper drive of --drive, a disk image of the user's: looked at before anything starts, held by one build.
+
+Elements write to it, so what is in it is not trusted. Its header is read here, and not by qemu-img, which opens
+whatever files a header names. What was found out about the format is never asked again: the appliance gets it told,
+and it is noted beside the file, lest elements write into a raw drive what looks like another format to the next build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from virt_dib import tools
+from virt_dib.errors import UsageError
+
+FORMATS = ("raw", "qcow2")
+LEAST_BYTES = 64 << 20
+"""What must be free on it; ``guest/drive.sh`` has the same number."""
+
+_QCOW2 = b"QFI\xfb"
+_OTHERS = {
+    b"KDMV": "vmdk", b"COWD": "vmdk", b"# Disk DescriptorFile": "vmdk", b"vhdxfile": "vhdx", b"conectix": "vhd",
+    b"QED\0": "qed", b"<<< ": "vdi", b"LUKS\xba\xbe": "luks", b"WithoutFreeSpace": "parallels",
+    b"WithouFreSpacExt": "parallels",
+}  # fmt: skip
+"""How files of other formats begin."""
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQ")
+"""docs/interop/qcow2.txt of QEMU, the first 80 bytes."""
+_FLOCK = struct.Struct("hhqqi4x")
+"""struct flock of fcntl(2)."""
+_CORRUPT, _DATA_FILE = 2, 4
+"""Among the incompatible features, the last of these."""
+_NOTE = "user.virt-dib.drive-format"
+_CORRUPTIONS_STATUS, _LEAKS_STATUS = 2, 3
+"""Of qemu-img check."""
+_MAKE_HINT = "make one: truncate -s 10G '{}' && mkfs.ext4 '{}'"
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """A drive that can be used, as far as the host can tell."""
+
+    path: Path
+    format: str
+
+
+def inspect(path: Path, wanted: str | None) -> Drive:
+    """Look at the drive *path*, whose format is *wanted* or to be found out. Nothing is written.
+
+    Raises:
+        UsageError: it cannot be used, or another program uses it.
+    """
+    real = Path(os.path.realpath(path))
+    size_bytes, header = _read(path)
+    image_format = wanted or _detect(path, header)
+    if image_format == "qcow2":
+        size_bytes = _check_header(path, header)
+    if size_bytes < LEAST_BYTES:
+        raise _refusal(
+            path,
+            f"it is too small: {size_bytes >> 20} MiB, at least {LEAST_BYTES >> 20} needed",
+            "10G or more are recommended, as elements cache disk images and packages",
+        )
+    _check_use(path, real)
+    if image_format == "qcow2":
+        _check_tables(path, real)
+    return Drive(real, image_format)
+
+
+@contextlib.contextmanager
+def held(drive: Drive | None) -> Iterator[None]:
+    """Keep other builds from *drive*, if there is one, and note its format.
+
+    Raises:
+        UsageError: another build has it.
+    """
+    if drive is None:
+        yield
+        return
+    try:
+        # Of a block device that is mounted, this fails; and it cannot be mounted meanwhile.
+        exclusive = os.O_EXCL if stat.S_ISBLK(drive.path.stat().st_mode) else 0
+        descriptor = os.open(drive.path, os.O_RDWR | os.O_CLOEXEC | exclusive)
+    except OSError as error:
+        raise _refusal(drive.path, error.strerror or "", "is it mounted, or in use?") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _in_use(drive.path, "another build") from error
+        with contextlib.suppress(OSError):
+            os.setxattr(descriptor, _NOTE, drive.format.encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ---- what is there ----
+
+
+def _read(path: Path) -> tuple[int, bytes]:
+    """Its length, and how it begins."""
+    make_hint = _MAKE_HINT.format(path, path)
+    try:
+        state = path.stat()
+        if stat.S_ISDIR(state.st_mode):
+            raise _refusal(path, "it is a directory", "give the file of a disk image; for a directory: --image-cache")
+        if not stat.S_ISREG(state.st_mode) and not stat.S_ISBLK(state.st_mode):
+            raise _refusal(path, "it is neither a file nor a block device", make_hint)
+        with path.open("r+b", buffering=0) as stream:
+            return stream.seek(0, os.SEEK_END), os.pread(stream.fileno(), _HEADER.size, 0)
+    except OSError as error:
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        hint = make_hint if missing else "it must be readable and writable for this user"
+        raise _refusal(path, "it does not exist" if missing else error.strerror or "", hint) from error
+
+
+def _detect(path: Path, header: bytes) -> str:
+    other = next((name for begin, name in _OTHERS.items() if header.startswith(begin)), None)
+    if other is not None:
+        hint = f"qemu-img convert -O qcow2 '{path}' NEW makes a drive of it; if it is raw: --drive-format raw"
+        raise _refusal(path, f"its format is {other}, not raw or qcow2", hint)
+    found = "qcow2" if header.startswith(_QCOW2) else "raw"
+    try:
+        noted = os.getxattr(path, _NOTE).decode(errors="replace")
+    except OSError:
+        return found
+    if noted != found:
+        raise _refusal(
+            path,
+            f"it was {noted} when a build used it last, and looks like {found} now",
+            f"elements may have written that into it. If it is still {noted}: --drive-format {noted}; "
+            f"if you have put another image there: --drive-format {found}",
+        )
+    return found
+
+
+def _check_header(path: Path, header: bytes) -> int:
+    """The size of the disk in a qcow2 image that is all there is to it."""
+    if len(header) < _HEADER.size or not header.startswith(_QCOW2):
+        raise _refusal(path, "it is not a qcow2 image", "leave out --drive-format, or give the right one")
+    words = _HEADER.unpack(header)
+    version, backing_offset, size_bytes, cipher, features = words[1], words[2], words[5], words[6], words[13]
+    if version not in (2, 3):
+        raise _refusal(path, f"its qcow2 version is {version}, which does not exist", "make a new drive")
+    if version == 2:  # noqa: PLR2004 - which has no features
+        features = 0
+    flat = f"qemu-img convert -O qcow2 '{path}' NEW makes a drive that stands alone, if you trust this one"
+    for applies, what in (
+        (backing_offset, "has a backing file"),
+        (features & _DATA_FILE, "has an external data file"),
+        (cipher, "is encrypted"),
+    ):
+        if applies:
+            raise _refusal(path, f"it {what}", flat)
+    if features & _CORRUPT:
+        raise _damaged(path, "it is marked as corrupt")
+    return int(size_bytes)
+
+
+def _check_use(path: Path, real: Path) -> None:
+    """Refuse an image that a virtual machine uses, or that is a loop device of this host, as when it is mounted."""
+    with path.open("r+b") as stream:
+        # QEMU has locks on some of these bytes of all images it uses (RAW_LOCK_PERM_BASE in its file-posix.c).
+        lock = fcntl.fcntl(stream, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0))
+        if _FLOCK.unpack(lock)[0] != fcntl.F_UNLCK:
+            raise _in_use(path, "another program")
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().rstrip("\n") == str(real):
+                raise _in_use(path, f"the loop device /dev/{backing.parents[1].name}")
+
+
+def _check_tables(path: Path, real: Path) -> None:
+    """Have QEMU look at a qcow2 image that is known to name no other files."""
+    program = tools.require("qemu-img", purpose="look at the drive", package="qemu-utils")
+    command: list[str | Path] = [program, "check", "-f", "qcow2", "--output=json", real]
+    result = tools.run(command, doing="looking at the drive", check=False)
+    if result.exit_status == _CORRUPTIONS_STATUS:
+        raise _damaged(path, "the image is corrupt")
+    if result.exit_status not in (0, _LEAKS_STATUS):
+        said = result.stderr.strip().splitlines() or ["no reason given"]
+        raise _damaged(path, said[0].removeprefix("qemu-img: "))
+
+
+def _refusal(path: Path, reason: str, hint: str) -> UsageError:
+    return UsageError(f"cannot use '{path}' as helper drive: {reason}", hint=hint)
+
+
+def _damaged(path: Path, reason: str) -> UsageError:
+    return _refusal(
+        path, reason, f"try qemu-img check -r all '{path}', or make a new drive: nothing but caches is lost"
+    )
+
+
+def _in_use(path: Path, user: str) -> UsageError:
+    return _refusal(path, f"{user} uses it", "wait until that has ended, or give another --drive")
