@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from generate import completion, manual
+from generate import catalogue, completion, manual
 
 COMPLETION_DIRS = {
     "virt-dib.bash": ("bash-completion/completions", "virt-dib"),
@@ -25,6 +25,8 @@ def make(top: Path) -> dict[str, list[str]]:
         path.write_text(text, encoding="utf-8")
         files.setdefault(f"share/{directory}", []).append(str(path))
 
+    # Part of the package itself, whose files a checkout is run from.
+    catalogue.compile_all(catalogue.PACKAGE_DIR / "locale")
     for source in manual.sources():
         write("man/man1", f"{source.stem}.1", manual.man_page(source))
         write("doc/virt-dib", f"{source.stem}.html", manual.html_page(source))

@@ -126,7 +126,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, sent
 def test_a_page_that_drifts_is_found() -> None:
     page = PAGE.read_text()
     before = violations(PACKAGE_DIR, page)
-    drifted = re.sub(r"(?m)^( +)errors$", r"\1mistakes", page)
+    drifted = re.sub(r"(?m)^( +)errors\b", r"\1mistakes", page)
     assert {"errors is not on the page", "the page has mistakes, which does not exist"} <= (
         violations(PACKAGE_DIR, drifted) - before
     )

@@ -17,6 +17,7 @@ from virt_dib.options import PROG
 from virt_dib.report import BuildReport
 from virt_dib.spec import BuildSpec
 from virt_dib.terminal import AUTOMATIC, Style
+from virt_dib.translation import translated
 
 _RED = "31;1"
 _INDENT = 4
@@ -28,14 +29,14 @@ def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) 
         return body()
     except VirtDibError as error:
         for problem in error.problems:
-            _complain(style, f"{prog}: error: {problem.message}", _RED)
+            _complain(style, f"{prog}: {translated('error')}: {translated(problem.message)}", _RED)
             for line in problem.details:
                 write_out(sys.stderr, f"    {printable(line)}\n")
             if problem.hint:
-                _complain(style, f"{prog}: hint: {problem.hint}", None)
+                _complain(style, f"{prog}: {translated('hint')}: {translated(problem.hint)}", None)
         return error.exit_status
     except (Interrupted, KeyboardInterrupt):
-        _complain(style, f"{prog}: interrupted", None)
+        _complain(style, f"{prog}: {translated('interrupted')}", None)
         return Interrupted.exit_status
 
 

@@ -23,7 +23,8 @@ from virt_dib import events
 from virt_dib.errors import Interrupted, ToolError, VirtDibError
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Phase
-from virt_dib.terminal import AUTOMATIC, Style, coloured, is_terminal, terminal_columns
+from virt_dib.terminal import AUTOMATIC, Style, coloured, columns_of, is_terminal, terminal_columns
+from virt_dib.translation import translated
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_COLUMNS = 500
@@ -569,7 +570,7 @@ class Display:
             if self._wants(event):
                 colour = _YELLOW if isinstance(event, events.Warned) else _GREEN
                 for text in _own_lines(event):
-                    self._screen.write_line(_with_time(event.elapsed_s, text), colour)
+                    self._screen.write_line(_with_time(event.elapsed_s, translated(text)), colour)
 
     def _wants(self, event: events.Event) -> bool:
         """Whether *event* is shown as a line of ours."""
@@ -614,10 +615,10 @@ def summary(report: BuildReport) -> str:
     """The table of phases and scripts with their seconds, then a line for each artifact; ends with a newline."""
     rows: list[tuple[str, str]] = []
     for phase in report.phases:
-        rows.append((one_line(phase.title), f"{phase.seconds:.1f}"))
+        rows.append((translated(one_line(phase.title)), f"{phase.seconds:.1f}"))
         rows += [(f"  {one_line(script.name)}", f"{script.seconds:.1f}") for script in phase.scripts]
-    rows.append(("total", f"{report.seconds:.1f}"))
-    table = _aligned([("phase and script", "seconds"), *rows], right=1)
+    rows.append((translated("total"), f"{report.seconds:.1f}"))
+    table = _aligned([(translated("phase and script"), translated("seconds")), *rows], right=1)
     files = _aligned([_artifact_row(artifact) for artifact in report.artifacts], right=None)
     return "\n".join([*table, "", *files]) + "\n"
 
@@ -638,16 +639,16 @@ def _artifact_row(artifact: Artifact) -> tuple[str, str, str]:
         path = path.relative_to(Path.cwd())
     name = f"{path}/" if artifact.format == "directory" else str(path)
     virtual = artifact.virtual_bytes
-    note = "" if virtual is None else f"(virtual size {size_text(virtual)})"
+    note = "" if virtual is None else translated(f"(virtual size {size_text(virtual)})")
     return one_line(name), size_text(artifact.allocated_bytes), note
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], *, right: int | None) -> list[str]:
     """The rows as lines, two blanks between columns; column *right* is aligned at its end."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if index == right else cell.ljust(width)
+            " " * (width - columns_of(cell)) + cell if index == right else cell + " " * (width - columns_of(cell))
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -16,6 +16,8 @@ from virt_dib import formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
 from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
+from virt_dib.terminal import fold
+from virt_dib.translation import translated
 
 PROG = "virt-dib"
 ISOLATION_VARIABLE = "VIRT_DIB_ISOLATION"
@@ -296,23 +298,39 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog=PROG,
-        usage=_USAGE,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        usage=translated(_USAGE),
+        description=translated(_DESCRIPTION),
+        epilog=translated(_EPILOG),
         add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(translated(title))
         if title == "elements":
-            group.add_argument("elements", nargs="*", metavar="ELEMENT", help="such as debian-minimal, vm")
+            group.add_argument("elements", nargs="*", metavar="ELEMENT", help=translated("such as debian-minimal, vm"))
         for option in options:
             if option.metavar is not None:
                 nargs = "?" if option.takes is Takes.VALUE_OR_NOTHING else None
-                group.add_argument(*option.names, nargs=nargs, metavar=option.metavar, help=option.help)
+                group.add_argument(*option.names, nargs=nargs, metavar=option.metavar, help=translated(option.help))
             else:
-                group.add_argument(*option.names, action="store_true", help=option.help)
+                group.add_argument(*option.names, action="store_true", help=translated(option.help))
     return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Leaves the width of wide characters, and the words around, to the rest of virt-dib."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return fold(text, width).split("\n")
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[argparse._MutuallyExclusiveGroup],
+        prefix: str | None = None,
+    ) -> None:
+        super().add_usage(usage, actions, groups, translated("usage: ") if prefix is None else prefix)
 
 
 def listed_names(*, short: bool, long: bool) -> list[str]:

@@ -93,9 +93,15 @@ def _may_break(before: str, after: str) -> bool:
         return False
     if before == " ":
         return True
+    if _is_katakana(before) and _is_katakana(after):
+        return False
     # Not between a word in quotes and its quotes.
     words = all(_is_wide(char) or char.isalnum() for char in (before, after))
     return words and (_is_wide(before) or _is_wide(after))
+
+
+def _is_katakana(char: str) -> bool:
+    return "\u30a0" <= char <= "\u30ff"
 
 
 def _is_wide(char: str) -> bool:

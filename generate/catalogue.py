@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Catalogues of messages: ``python -m generate.catalogue`` brings po/ up to date with the sources.
+
+Messages are found where the code says them (errors, hints, options, what a build tells), not by marks. An f-string
+becomes an entry with placeholders, as virt_dib.translation expects it.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import keyword
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+from babel.messages.catalog import Catalog
+from babel.messages.mofile import write_mo
+from babel.messages.pofile import read_po, write_po
+
+from virt_dib import __version__
+from virt_dib.spec import NUMBERS
+
+ROOT = Path(__file__).parents[1]
+PO_DIR = ROOT / "po"
+PACKAGE_DIR = ROOT / "src" / "virt_dib"
+SEVERAL = "; may be given several times"
+_EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)
+_MOST_ALTERNATIVES = 16
+_PLACEHOLDER = re.compile(r"\{\w*\}")
+
+# Which arguments of a call are messages: by position, and by name.
+_ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "Problem": ((0, 1), ("message", "hint")),
+    "SelectionProblem": ((0, 1), ("message", "hint")),
+    "Option": ((4,), ("help",)),
+    "_flag": ((2,), ()),
+    "_value": ((3,), ()),
+    "_values": ((3,), ()),
+    "_choice": ((0,), ()),
+    "message": ((0,), ()),
+    "warning": ((0,), ()),
+    "on_message": ((0,), ()),
+    "step": ((0,), ()),
+    "phase_started": ((0,), ()),
+    "Check": ((), ("name", "detail", "hint")),
+    "translated": ((0,), ()),
+}
+_ERROR = ((0,), ("hint",))
+_NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
+_RETURNING = re.compile(r"line|.*hint.*")
+"""Functions that return messages."""
+_CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)")
+"""Constants that are or hold messages."""
+
+
+def messages(path: Path) -> Iterator[tuple[int, str]]:
+    """The messages in a module, with their lines."""
+    module = _Module(ast.parse(path.read_text(encoding="utf-8")))
+    seen = set()
+    for node, text in module.messages():
+        if text not in seen and re.search(r"[A-Za-z]{2}", _PLACEHOLDER.sub("", text)):
+            seen.add(text)
+            yield node.lineno, text
+
+
+class _Module:
+    def __init__(self, tree: ast.Module) -> None:
+        self._tree = tree
+        self._functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+    def messages(self) -> Iterator[tuple[ast.expr, str]]:
+        yield from self._in(self._tree, self._tree)
+        for function in self._functions:
+            yield from self._in(function, function)
+
+    def _in(self, scope: ast.Module | ast.FunctionDef, top: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+        """The messages below *top* that are in *scope* itself."""
+        for node in ast.iter_child_nodes(top):
+            if isinstance(node, ast.FunctionDef):
+                continue
+            if isinstance(node, ast.Call):
+                yield from self._of_call(scope, node)
+            elif isinstance(node, ast.Return) and node.value and isinstance(scope, ast.FunctionDef):
+                if _RETURNING.fullmatch(scope.name):
+                    yield from self._told(scope, node.value)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                part = isinstance(scope, ast.FunctionDef) and scope.name == "line"
+                if isinstance(target, ast.Name) and (part or _CONSTANTS.fullmatch(target.id)):
+                    held = {ast.Dict: "keys", ast.Tuple: "elts"}.get(type(node.value))
+                    for value in getattr(node.value, held) if held else [node.value]:
+                        yield from self._told(scope, value)
+            yield from self._in(scope, node)
+
+    def _of_call(self, scope: ast.Module | ast.FunctionDef, call: ast.Call) -> Iterator[tuple[ast.expr, str]]:
+        name = str(getattr(call.func, "id", getattr(call.func, "attr", "")))
+        positions, keywords = _ARGUMENTS.get(name, _ERROR if name.endswith("Error") else ((), ()))
+        chosen = [call.args[position] for position in positions if position < len(call.args)]
+        chosen += [keyword.value for keyword in call.keywords if keyword.arg in keywords]
+        for value in chosen:
+            for node, text in self._told(scope, value):
+                yield node, text + (SEVERAL if name == "_values" else "")
+
+    def _told(self, scope: ast.Module | ast.FunctionDef, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        for text in itertools.islice(self._texts(scope, value, 0), _MOST_ALTERNATIVES):
+            yield value, text
+
+    def _texts(self, scope: ast.AST, value: ast.expr, depth: int) -> Iterator[str]:
+        """All that an expression may be, as far as it is written here."""
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield value.value.replace("{", "{{").replace("}", "}}")
+        elif isinstance(value, ast.JoinedStr):
+            yield _template(value)
+        elif isinstance(value, (ast.IfExp, ast.BoolOp)):
+            for one in [value.body, value.orelse] if isinstance(value, ast.IfExp) else value.values:
+                yield from self._texts(scope, one, depth)
+        elif isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+            right = list(self._texts(scope, value.right, depth))
+            yield from (a + b for a in self._texts(scope, value.left, depth) for b in right)
+        elif isinstance(value, ast.Name) and depth == 0:
+            for assigned in self._assigned(scope, value.id):
+                yield from self._texts(scope, assigned, depth + 1)
+
+    def _assigned(self, scope: ast.AST, name: str) -> Iterator[ast.expr]:
+        for node in itertools.chain(ast.walk(scope), self._tree.body if scope is not self._tree else ()):
+            if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
+                yield node.value
+
+
+def _named(value: ast.expr) -> str:
+    """A name for the value of an expression, for translators to see what it is."""
+    source = re.sub(r"'[^']*'|\"[^\"]*\"", "", ast.unparse(value))
+    words = [word for word in re.findall(r"[A-Za-z]\w*", source) if word not in _NO_NAMES]
+    if not words:
+        return "value"
+    return str(words[-1] if isinstance(value, ast.Attribute) else words[0])
+
+
+def _template(value: ast.JoinedStr) -> str:
+    """An f-string with a name for each of its values."""
+    parts: list[str] = []
+    names: set[str] = set()
+    for part in value.values:
+        if isinstance(part, ast.Constant):
+            parts.append(str(part.value).replace("{", "{{").replace("}", "}}"))
+        elif isinstance(part, ast.FormattedValue):
+            name = base = _named(part.value)
+            for number in itertools.count(2):
+                if name not in names:
+                    break
+                name = f"{base}{number}"
+            names.add(name)
+            parts.append(f"{{{name}}}")
+    return "".join(parts)
+
+
+def template() -> Catalog:
+    """All messages of the package."""
+    catalogue = Catalog(
+        header_comment="# SPDX-License-Identifier: Apache-2.0",
+        project="virt-dib",
+        version=__version__,
+        msgid_bugs_address="none",
+        # So that the same messages make the same file.
+        creation_date=_EPOCH,
+        fuzzy=False,
+    )
+    for what, _, _ in NUMBERS.values():
+        catalogue.add(what, locations=[("src/virt_dib/spec.py", 1)])
+    for path in sorted(PACKAGE_DIR.glob("*.py")):
+        for line, text in messages(path):
+            flags = ["python-brace-format"] if _PLACEHOLDER.search(text) else []
+            catalogue.add(text, locations=[(path.relative_to(ROOT).as_posix(), line)], flags=flags)
+    return catalogue
+
+
+def read(path: Path) -> Catalog:
+    """A catalogue in po/."""
+    with path.open("rb") as stream:
+        return read_po(stream, abort_invalid=True)
+
+
+def update() -> Iterable[Path]:
+    """Write po/virt_dib.pot, and bring the translations to its messages; new ones have none."""
+    fresh = template()
+    _write(PO_DIR / "virt_dib.pot", fresh)
+    for path in sorted(PO_DIR.glob("*.po")):
+        catalogue = read(path)
+        catalogue.update(fresh, no_fuzzy_matching=True)
+        catalogue.obsolete.clear()
+        _write(path, catalogue)
+        yield path
+
+
+def _write(path: Path, catalogue: Catalog) -> None:
+    with path.open("wb") as stream:
+        write_po(stream, catalogue, width=110, omit_header=False, include_lineno=False, sort_by_file=True)
+
+
+def compile_all(locale_dir: Path) -> None:
+    """Make what gettext reads of each po/*.po."""
+    for path in sorted(PO_DIR.glob("*.po")):
+        target = locale_dir / path.stem / "LC_MESSAGES" / "virt_dib.mo"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as stream:
+            write_mo(stream, read(path))
+
+
+if __name__ == "__main__":
+    for changed in update():
+        untranslated = [message.id for message in read(changed) if message.id and not message.string]
+        print(f"{changed.name}: {len(untranslated)} messages without a translation")  # noqa: T201
+    compile_all(PACKAGE_DIR / "locale")

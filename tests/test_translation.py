@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages in the language of who reads them, and in English everywhere else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import string
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generate import catalogue
+from virt_dib import tools
+from virt_dib.events import Event, to_all
+from virt_dib.monitor import BuildMonitor, Display, summary
+from virt_dib.options import BY_NAME
+from virt_dib.report import BuildReport, PhaseResult
+from virt_dib.spec import BuildSpec
+from virt_dib.terminal import columns_of
+from virt_dib.translation import Catalogue, translated
+
+LANGUAGES = [path.stem for path in sorted(catalogue.PO_DIR.glob("*.po"))]
+FRONT = ("cli", "command_line", "events", "monitor", "options", "spec")
+"""Modules whose messages are translated whole. Of all messages nine in ten are."""
+JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> tools.Result:
+    surroundings = {"PATH": os.environ["PATH"], **environment}
+    command = [sys.executable, "-m", "virt_dib", *arguments]
+    return tools.run(command, doing="running virt-dib", cwd=cwd, environment=surroundings, check=False)
+
+
+def placeholders(text: str) -> list[str]:
+    return sorted(name for _, name, _, _ in string.Formatter().parse(text) if name is not None)
+
+
+def without_names(text: str) -> str:
+    return text.format_map(dict.fromkeys(placeholders(text), "*"))
+
+
+def translations(language: str) -> dict[str, str]:
+    """Messages and their translations, as in po/."""
+    found = catalogue.read(catalogue.PO_DIR / f"{language}.po")
+    return {str(entry.id): str(entry.string) for entry in found if entry.id}
+
+
+@pytest.fixture
+def in_japanese(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGUAGE", "ja")
+
+
+# ---- the command ----
+
+
+@pytest.mark.option("--help")
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LANGUAGE": "ja", "LC_ALL": "C.UTF-8"},
+        {"LC_ALL": "ja_JP.UTF-8", "PYTHONUTF8": "1"},
+        {"LANG": "ja_JP.UTF-8", "PYTHONUTF8": "1"},
+    ],
+    ids=" ".join,
+)
+def test_the_help_is_in_japanese_and_aligned(environment: dict[str, str], tmp_path: Path) -> None:
+    text = run("--help", cwd=tmp_path, COLUMNS="80", **environment).stdout
+    assert text.startswith("使い方: virt-dib [オプション] ELEMENT...\n")
+    assert max(map(columns_of, text.splitlines())) < 90
+    options = text[text.index("\n作成するもの:\n") : text.index("\n例:\n")]
+    column = columns_of(options[: options.index("イメージの名前")].splitlines()[-1])
+    for line in options.splitlines():
+        # A text, or an option with or without a text beside it.
+        assert not line.startswith(" " * column) or line[column] != " ", line
+        assert not line.startswith("  -") or len(line) <= column or re.search(r"^(?=.{22}  \S)|^[ -~]*$", line), line
+    assert all(name in options for name in BY_NAME)
+    untranslated = [
+        line for line in re.sub(r"\n {20,}", "", options).splitlines() if line and not JAPANESE.search(line)
+    ]
+    # Options alone on their line; their text is on the next.
+    assert [line for line in untranslated if not line.startswith("  -")] == []
+
+
+def test_errors_and_hints_are_in_japanese_with_the_values_as_they_are(tmp_path: Path) -> None:
+    result = run("--size", "5", "--kvm", "sandbox", "debain-minimal", cwd=tmp_path, LANGUAGE="ja", LC_ALL="C.UTF-8")
+    assert result.exit_status == 2
+    lines = result.stderr.splitlines()
+    assert "virt-dib: エラー: '5' をイメージのサイズとして使えません" in lines
+    assert "virt-dib: エラー: --kvm の値が不明です: 'sandbox'" in lines
+    assert "virt-dib: エラー: エレメント 'debain-minimal' が見つかりません" in lines
+    assert all(line.startswith(("virt-dib: エラー: ", "virt-dib: ヒント: ")) for line in lines)
+
+
+@pytest.mark.parametrize("language", ["xx", "en", ""])
+def test_other_languages_read_english(language: str, tmp_path: Path) -> None:
+    result = run("--size", "5", "debian-minimal", cwd=tmp_path, LANGUAGE=language, LC_ALL="C.UTF-8")
+    assert "virt-dib: error: cannot use '5' as the size of the image\n" in result.stderr
+
+
+def test_machine_readable_output_stays_english(tmp_path: Path) -> None:
+    arguments = ["--machine-readable", "--size", "5", "debian-minimal"]
+    result = run(*arguments, cwd=tmp_path, LANGUAGE="ja", LC_ALL="C.UTF-8")
+    messages = [json.loads(line)["message"] for line in result.stdout.splitlines()]
+    assert "cannot use '5' as the size of the image" in messages
+    assert "エラー" in result.stderr
+
+
+@pytest.mark.usefixtures("in_japanese")
+def test_a_build_is_shown_in_japanese_and_logged_and_told_in_english(tmp_path: Path) -> None:
+    stream, told = io.StringIO(), list[Event]()
+    with Display(stream) as display:
+        monitor = BuildMonitor(to_all([display, told.append]))
+        spec = BuildSpec(name="d", output_dir=tmp_path, elements=("vm",))
+        with monitor.following(spec), monitor.logging(tmp_path / "log"):
+            monitor.phase_started("copying the tree", [])
+            monitor.output(b"copying the tree\n")
+            monitor.warning("cannot write 'copying the tree': full")
+    lines = [re.sub(r"^\[ *[0-9.]+\] ", "", line) for line in stream.getvalue().splitlines()]
+    assert lines == ["ツリーのコピー", "copying the tree", "警告: 'copying the tree' に書き込めません: full"]
+    assert not JAPANESE.search((tmp_path / "log").read_text())
+    assert not any(JAPANESE.search(event.line or "") for event in told)
+
+
+@pytest.mark.usefixtures("in_japanese")
+def test_the_summary_is_in_japanese_and_aligned() -> None:
+    phases = [PhaseResult(title=title, seconds=1.5) for title in ("root.d", "copying the tree")]
+    text = summary(BuildReport(name="d", phases=phases, artifacts=(), seconds=3.0))
+    rows = text.rstrip().splitlines()
+    assert "ツリーのコピー" in text
+    assert len({columns_of(row) for row in rows}) == 1
+
+
+# ---- the catalogues ----
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_catalogue_is_complete_and_has_the_placeholders_of_the_messages(language: str) -> None:
+    assert not any(entry.fuzzy for entry in catalogue.read(catalogue.PO_DIR / f"{language}.po") if entry.id)
+    entries = translations(language)
+    assert [text for text, translation in entries.items() if not translation] == []
+    assert [text for text, translation in entries.items() if placeholders(text) != placeholders(translation)] == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_catalogue_has_the_messages_of_the_sources(language: str) -> None:
+    modules = sorted(catalogue.PACKAGE_DIR.glob("*.py"))
+    found = {path.stem: [text for _, text in catalogue.messages(path)] for path in modules}
+    missing = {text for texts in found.values() for text in texts} - translations(language).keys()
+    hint = f"run 'python -m generate.catalogue', and translate what has no msgstr in po/{language}.po"
+    assert [text for module in FRONT for text in found[module] if text in missing] == [], hint
+    assert len(missing) <= sum(map(len, found.values())) / 10, hint
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_message_with_values_finds_its_own_translation(language: str) -> None:
+    entries = translations(language)
+    whole = Catalogue(entries)
+    for text, translation in entries.items():
+        values = {name: f"<{name}>" for name in placeholders(text)}
+        others = [other for key, other in entries.items() if without_names(key) == without_names(text)]
+        # Two that differ in the names of placeholders alone are one to the reader.
+        assert whole.translated(text.format_map(values)) == translation.format_map(values) or len(others) > 1
+
+
+def test_a_text_that_is_no_message_is_left_as_it_is() -> None:
+    assert translated("no message of ours") == "no message of ours"
+
+
+SMALL = Catalogue(
+    {"'{a}' and {b} failed: {c}": "{c} <- {b}, '{a}'", "the other": "der andere", "{{x}} {y}": "{y} {{x}}"}
+)
+
+
+@given(st.text(max_size=20), st.text(max_size=20), st.text(max_size=20))
+def test_values_come_through_whatever_they_are(a: str, b: str, c: str) -> None:
+    text = SMALL.translated(f"'{a}' and {b} failed: {c}")
+    assert sorted(text) == sorted(f"{c} <- {b}, '{a}'") or "failed" in a + b + c or "the other" in (b, c)
+
+
+def test_a_value_is_translated_unless_it_is_in_quotes() -> None:
+    assert SMALL.translated("'the other' and the other failed: why") == "why <- der andere, 'the other'"
+    assert SMALL.translated("{x} the other") == "der andere {x}"
+
+
+def test_a_hostile_text_takes_no_time() -> None:
+    text = "'" + "' and ' failed: " * 20_000
+    assert SMALL.translated(text + "x").startswith("' and ' failed: ")
