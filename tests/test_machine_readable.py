@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -267,6 +269,19 @@ def test_a_pipe_that_does_not_block_gets_long_lines_whole() -> None:
         os.set_blocking(writer, False)
         lines(events.Message(text="x" * 30_000))
         assert checked(os.read(reader, 1 << 16).decode())[0]["message"] == "x" * 30_000
+
+
+def test_a_descriptor_may_have_any_number() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with pipe() as (reader, writer):
+        high = fcntl.fcntl(writer, fcntl.F_DUPFD, 1024)
+        try:
+            with open_lines(parse_target(f"fd:{high}")) as lines:
+                lines(events.Message(text="x"))
+        finally:
+            os.close(high)
+        assert checked(os.read(reader, 1 << 16).decode())[0]["message"] == "x"
 
 
 SLOW_READER = """

@@ -154,6 +154,8 @@ class Lines:
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor = descriptor
         self._name = name
+        self._writable = select.poll()
+        self._writable.register(descriptor, select.POLLOUT)
         self._rest = b""
         self._ended = False
 
@@ -173,7 +175,7 @@ class Lines:
         while self._rest and not self._ended:
             try:
                 # Here it may wait, and an interrupt is let in.
-                select.select([], [self._descriptor], [])
+                self._writable.poll()
                 with shielded():
                     written = os.write(self._descriptor, self._rest[: select.PIPE_BUF])
                     self._rest = self._rest[written:]

@@ -255,8 +255,7 @@ class _Screen:
 class BuildMonitor:
     """Follows one build: writes its log, remembers where it is, and tells *listener* what happens.
 
-    The log gets everything. A context manager: however the block ends, the listener is told. Methods may be called
-    from any thread.
+    The log gets everything. Methods may be called from any thread.
     """
 
     def __init__(self, listener: events.Listener = events.ignore) -> None:
