@@ -101,23 +101,23 @@ def virt_dib(
     return Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=cwd)
 
 
-def tree_stage(
-    arguments: Sequence[str | Path],
-    *,
-    look: str,
-    cwd: Path,
-    environment: Mapping[str, str],
-    user: pwd.struct_passwd | None = None,
-) -> tuple[Run, str]:
-    """Run the tree stage of ``virt-dib ARGUMENTS`` in the sandbox, then *look* in its tree; give what that prints.
+def tree_stage_command(
+    arguments: Sequence[str | Path], *, look: str, user: pwd.struct_passwd | None = None
+) -> list[str | Path]:
+    """The command that runs the tree stage of ``virt-dib ARGUMENTS`` in the sandbox, then *look* in its tree.
 
     *user*: who runs it; who runs the tests unless given.
     """
     become = []
     if user is not None:
         become = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups", "--"]
+    return [*become, sys.executable, TESTS / "data" / "tree_stage.py", look, *arguments]
+
+
+def tree_stage(command: Sequence[str | Path], *, cwd: Path, environment: Mapping[str, str]) -> tuple[Run, str]:
+    """Run a :func:`tree_stage_command`; give what its look prints."""
     result = tools.run(
-        [*become, sys.executable, TESTS / "data" / "tree_stage.py", look, *arguments],
+        command,
         doing="running the tree stage",
         cwd=cwd,
         environment=environment,

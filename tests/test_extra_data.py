@@ -10,6 +10,7 @@ import http.server
 import os
 import pwd
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -19,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ODD_VALUE, TESTS, Run, make_element, make_tiny_os, tree_stage
+from helpers import ODD_VALUE, TESTS, Run, make_element, make_tiny_os, tree_stage, tree_stage_command
+from test_failures import wait_for
 from test_sandbox import ordinary_user
 from virt_dib import tools
 
@@ -59,17 +61,20 @@ class Account:
             for path in [self.top, *self.top.rglob("*")]:
                 os.chown(path, self.user.pw_uid, self.user.pw_gid, follow_symlinks=False)
 
-    def stage(self, *arguments: str | Path, look: str, environment: Mapping[str, str] | None = None) -> tuple[Run, str]:
-        """A tree stage with extra-data.d on the host."""
+    def command(self, *arguments: str | Path, look: str = "true") -> list[str | Path]:
+        """That of a tree stage with extra-data.d on the host; the user owns everything."""
         self.own()
-        return tree_stage(
-            ["--name", "x", "--extra-data", "host", "--skip-base", "-p", self.top / "elements", *arguments],
-            look=look,
-            cwd=self.top / "out",
-            environment={"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.top / "work"),
-                         **(environment or {})},
-            user=self.user,
-        )  # fmt: skip
+        words = ["--name", "x", "--extra-data", "host", "--skip-base", "-p", self.top / "elements", *arguments]
+        return tree_stage_command(words, look=look, user=self.user)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.top / "work")}
+
+    def stage(self, *arguments: str | Path, look: str, environment: Mapping[str, str] | None = None) -> tuple[Run, str]:
+        """Run it."""
+        command = self.command(*arguments, look=look)
+        return tree_stage(command, cwd=self.top / "out", environment={**self.environment, **(environment or {})})
 
 
 @pytest.fixture(scope="module", params=["self", pytest.param("user", marks=pytest.mark.needs_root)])
@@ -371,6 +376,21 @@ def test_nothing_of_it_is_left(attack: Attack, account: Account) -> None:
     assert list((account.top / "work").iterdir()) == []
     mine = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"10-hostile" in contents(path)]
     assert mine == []
+
+
+def test_an_interrupted_phase_leaves_nothing(account: Account) -> None:
+    marker = f"virt-dib-sleeps-{os.getpid()}"
+    script = f"#!/bin/bash\n(trap '' TERM INT HUP; exec -a {marker} sleep 600) &\necho it sleeps\nsleep 600\n"
+    make_element(account.top / "elements", "slow", {"extra-data.d/50-slow": script})
+    command = account.command("tiny-os", "slow")
+    with tools.started(
+        command, environment=account.environment, cwd=account.top / "out", stderr=tools.TOGETHER
+    ) as process:
+        wait_for(account.top / "out/x.log", b"it sleeps")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert list((account.top / "work").iterdir()) == []
+    assert [path for path in Path("/proc").glob("[0-9]*/cmdline") if marker.encode() in contents(path)] == []
 
 
 def test_an_image_cache_around_the_home_is_refused(account: Account) -> None:
