@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BUILD_TIMEOUT_S, Run
+from helpers import BUILD_TIMEOUT_S, ODD_VARIABLES, Run
 from test_contract import OF_BASH, environment, mounts, nodes
 from virt_dib import tools
 from virt_dib.spec import Phase, Where
@@ -24,7 +24,7 @@ NOT_COMPARED = {
     "DIB_ENV": "shows the above",
     "DIB_MANIFEST_SAVE_DIR": "set by us: the manual wants the manifests in NAME.d",
     "TMP_DIR": "given to DIB only",
-    "PROBE_VALUE": "given to virt-dib only",
+    **dict.fromkeys([*ODD_VARIABLES, "PROBE_VALUE", "PROBE_CARRIED"], "given to virt-dib only"),
     "LC_CTYPE": "set by the Python that starts DIB",
     "PS4": "DIB's own is lost on the way to bash in one case and not in the other",
     "TERM": "of the terminal at hand",
