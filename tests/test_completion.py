@@ -169,7 +169,7 @@ def test_a_word_of_a_list_is_offered_once(shell: str, directory: Path) -> None:
 def test_all_options_are_offered_and_no_others(shell: str, directory: Path) -> None:
     if shell == "zsh":
         short, long = Zsh(directory).press("virt-dib -\x0c", "virt-dib --\x0c")
-        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", f"{short}\n{long}").splitlines()
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", short + long).splitlines()
         listed = {name for line in lines for name in re.findall(r"(?<!\S)--?[A-Za-z][a-z-]*", line.split(" -- ")[0])}
     elif shell == "bash":
         listed = set(offered(shell, directory, "virt-dib", "-"))
