@@ -69,7 +69,7 @@ test-debian: $(READY) ## full Debian builds, each booted; long
 	$(BIN)/pytest -m debian
 
 .PHONY: test-full
-test-full: $(READY) ## builds of elements from elsewhere, and ramdisks of Debian; hours, needs the network
+test-full: $(READY) ## builds of elements from elsewhere and with older releases, and ramdisks of Debian; hours, needs the network
 	$(BIN)/pytest -m full
 
 .PHONY: bench

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import virt_dib
-from virt_dib import tools
+from virt_dib import releases, tools
 from virt_dib.dib import DibInstallation, find_installation, guest_modules
 from virt_dib.errors import PrerequisiteError, UsageError
 
@@ -80,7 +81,7 @@ def test_a_checkout_has_no_version(installation: DibInstallation, tmp_path: Path
     for library in (package / "lib", tmp_path / "link"):
         found = find_installation(library)
         assert found == DibInstallation(
-            version="unknown",
+            rules=dataclasses.replace(releases.NEWEST, version="unknown"),
             library_dir=package / "lib",
             elements_dir=package / "elements",
             python=Path(sys.executable),
@@ -210,7 +211,7 @@ def test_missing_guest_modules_are_named(installation: DibInstallation, tmp_path
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     python.chmod(0o755)
     bare = DibInstallation(
-        version="unknown",
+        rules=installation.rules,
         library_dir=installation.library_dir,
         elements_dir=installation.elements_dir,
         python=python,

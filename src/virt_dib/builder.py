@@ -185,6 +185,7 @@ class _Build:
             names = ", ".join(plan.layout.discarded)
             self._monitor.warning(f"only {layout.OUTPUT_IMAGE} becomes an output; built and thrown away: {names}")
         self._tell_mode()
+        self._warn_of_phases()
         verdict = kvm.choose(wanted=self._options.kvm, kernel=None, cache_dir=supermin.cache_dir())
         in_sandbox = self._choose_sandbox(verdict)
         if plan.image_cache is not None:
@@ -220,6 +221,18 @@ class _Build:
         if self._plan.spec.checksums:
             with self._phases.step(_SUMMING):
                 outputs.sum()
+
+    def _warn_of_phases(self) -> None:
+        """Of scripts that this release of DIB passes over."""
+        dib = self._plan.dib
+        directory = self._plan.staging.hooks_dir
+        unknown = [
+            phase.directory for phase in Phase if not dib.rules.has(phase) and (directory / phase.directory).is_dir()
+        ]
+        if unknown:
+            self._monitor.warning(
+                f"not run, since diskimage-builder {dib.version} has no such phase: {', '.join(unknown)}"
+            )
 
     # ---- without an image ----
 

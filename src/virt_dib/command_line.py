@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from virt_dib import __version__, drive, formats, kvm
+from virt_dib import __version__, drive, formats, kvm, tools
 from virt_dib.errors import Problem, UsageError
 from virt_dib.machine_readable import Target, parse_target
 from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, listed_names, sort_words
@@ -127,6 +127,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         elements=values.take(lambda: _elements(given.elements, needed=given.machine_readable is None), ()),
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
         dib_library=values.take(lambda: _path("-B", given.dib_library), None),
+        python=values.take(lambda: _python(given.python), None),
         formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
         size_bytes=values.take(lambda: _size(given.size, variables), default_size),
         arch=values.take(lambda: _arch(asked(given.arch, "ARCH")), host_arch()),
@@ -278,6 +279,19 @@ def _path(option: str, text: str | None, what: str = "directory") -> Path | None
 
 def _drive_format(text: str | None) -> str | None:
     return None if text is None else _choice("format of the drive", text, drive.FORMATS, "raw")
+
+
+def _python(text: str | None) -> Path | None:
+    """The interpreter of --python: a path, or a name that is searched for on the PATH."""
+    if text is None:
+        return None
+    found = tools.find(text) if text and "\0" not in text else None
+    if found is None:
+        raise UsageError(
+            f"cannot use '{text}' as --python: there is no such program",
+            hint="give the name of an interpreter on the PATH, such as python3, or a path, such as /usr/bin/python3",
+        )
+    return found.absolute()
 
 
 def _paths(option: str, texts: Sequence[str]) -> tuple[Path, ...]:

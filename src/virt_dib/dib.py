@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from virt_dib import tools
+from virt_dib import releases, tools
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
+from virt_dib.releases import DiskMaker, Rules
 
 _PACKAGE = "diskimage_builder"
 _DISTRIBUTION = "diskimage-builder"
 _COMMAND = "disk-image-create"
 _INSTALL = "install it: pip install diskimage-builder; or give its library directory with -B"
+_PROGRAMS = ("disk-image-create", "disk-image-get-kernel", "element-info", "ramdisk-image-create")
+"""Of releases before 2.0.0, which elements may call."""
 
-_NEEDED = (_PACKAGE, "networkx", "stevedore", "yaml")
+_NEEDED: tuple[str, ...] = (_PACKAGE, "networkx", "stevedore", "yaml")
 _WANTED = ("pbr", "six", "decorator", "importlib_metadata", "zipp")
-"""Taken along where installed: DIB's version imports pbr, older releases of stevedore and networkx the others."""
+"""Taken along where installed: DIB's version imports pbr, older releases of DIB, stevedore and networkx the others."""
 
 # Runs in DIB's interpreter, which may be as old as Python 3.8. Only the package's metadata directory names
 # its plugins, and the private attribute is the one way to it that works for .egg-info too.
@@ -54,28 +57,49 @@ _LONG_SHEBANG = re.compile(r"""'''exec' "?(?P<python>[^"]+?)"? "\$0" "\$@\"""")
 class DibInstallation:
     """One diskimage-builder on this host."""
 
-    version: str
-    """``unknown`` where there is no metadata beside the package, as in a checkout."""
+    rules: Rules
+    """What its runner does."""
     library_dir: Path
-    """Holds ``die`` and ``dib-run-parts``."""
+    """Holds ``die``."""
     elements_dir: Path
     python: Path
     """An interpreter that can import the package when the package's parent is on its path."""
     package_dir: Path
-    """The Python package ``diskimage_builder``."""
+    """The Python package ``diskimage_builder``. A release before 2.0.0 may be without."""
+    programs: tuple[Path, ...] = ()
+    """Programs that elements may expect in ``bin`` beside the library: those of a release before 2.0.0."""
+
+    @property
+    def version(self) -> str:
+        """``unknown`` where there is no metadata, as in a checkout."""
+        return self.rules.version
+
+    @property
+    def in_package(self) -> bool:
+        """Whether library and elements are inside the Python package, as since 2.0.0."""
+        return self.library_dir.parent == self.package_dir
 
 
-def find_installation(library: Path | None) -> DibInstallation:
+def find_installation(library: Path | None, python: Path | None = None) -> DibInstallation:
     """The diskimage-builder at *library* (``-B``), or else the installed one.
 
-    Installed: in the Python that runs virt-dib, or in the one that ``disk-image-create`` runs with.
+    Installed: for *python* (``--python``), or without it in the Python that runs virt-dib, or in the one that
+    ``disk-image-create`` runs with.
 
     Raises:
-        UsageError: *library* is not the library directory of a diskimage-builder.
+        UsageError: *library* is not the library directory of a diskimage-builder, or *python* has none.
         PrerequisiteError: none is installed.
     """
     if library is not None:
-        return _at_library(Path(os.path.realpath(library)))
+        return _at_library(Path(os.path.realpath(library)), python or Path(sys.executable))
+    if python is not None:
+        found = _ask(python, None)["modules"].get(_PACKAGE)
+        if found is None:
+            raise UsageError(
+                f"looking for diskimage-builder with --python: '{python}' cannot import {_PACKAGE}",
+                hint=f"install it there: {python} -m pip install diskimage-builder; or name its library with -B",
+            )
+        return _at_package(Path(found), python)
     own = importlib.util.find_spec(_PACKAGE)
     if own is not None and own.origin is not None:
         return _at_package(Path(own.origin).parent, Path(sys.executable))
@@ -102,10 +126,14 @@ def guest_modules(installation: DibInstallation) -> tuple[Path, ...]:
     Raises:
         PrerequisiteError: some are missing.
     """
+    configures = installation.rules.disk_maker is DiskMaker.CONFIGURATION
+    needed = _NEEDED if configures else ("yaml",)
+    if not configures and installation.package_dir.exists():
+        needed = (_PACKAGE, "yaml")
     answer = _ask(installation.python, installation.package_dir.parent)
     modules: Mapping[str, str] = answer["modules"]
-    missing = [f"module {name}" for name in _NEEDED if name not in modules]
-    if answer["metadata"] is None:
+    missing = [f"module {name}" for name in needed if name not in modules]
+    if configures and answer["metadata"] is None:
         missing.append(f"metadata of {_DISTRIBUTION}")
     if missing:
         raise PrerequisiteError(
@@ -113,19 +141,42 @@ def guest_modules(installation: DibInstallation) -> tuple[Path, ...]:
             f"missing: {', '.join(missing)}",
             hint="install diskimage-builder and what it depends on: pip install diskimage-builder",
         )
-    found = [modules[name] for name in (*_NEEDED, *_WANTED) if name in modules]
-    return tuple(Path(path) for path in (*found, answer["metadata"]))
+    found = [modules[name] for name in (*needed, *_WANTED) if name in modules]
+    return tuple(Path(path) for path in (*found, *([answer["metadata"]] if configures else [])))
 
 
-def _at_library(library: Path) -> DibInstallation:
-    package = library.parent
-    lacking = _lacking(library / "die", package / "elements", package / "block_device")
+def _at_library(library: Path, python: Path) -> DibInstallation:
+    top = library.parent
+    in_package = (top / "__init__.py").exists() or not (library / "common-functions").exists()
+    lacking = _lacking(library / "die", top / "elements", *([top / "block_device"] if in_package else []))
     if lacking is not None:
         raise UsageError(
             f"cannot use '{library}' as diskimage-builder's library: '{lacking}' does not exist or cannot be read",
-            hint="give the directory 'lib' inside the Python package diskimage_builder, or leave out -B",
+            hint="give the directory 'lib' inside the Python package diskimage_builder, of a release before 2.0.0 "
+            "that beside 'elements', or leave out -B",
         )
-    return _described(package, library, Path(sys.executable))
+    return _described(top, library, python) if in_package else _described_share(top, library, python)
+
+
+def _described_share(top: Path, library: Path, python: Path) -> DibInstallation:
+    """A release before 2.0.0: unpacked source, ``share`` of an installation, or the data of an unpacked wheel."""
+    sites = [top, *top.parents[:4], *sorted(top.parents[1].glob("lib/python*/*-packages"))]
+    site = next((site for site in sites if (site / _PACKAGE / "__init__.py").exists()), None)
+    beside = _metadata(site) if site is not None else None
+    directories = [top / "bin", top.parents[1] / "bin", top.parents[2] / "scripts"]
+    programs = next((found for directory in directories if (found := _programs(directory))), ())
+    return DibInstallation(
+        rules=releases.rules(beside.version) if beside else releases.guess(top),
+        library_dir=library,
+        elements_dir=top / "elements",
+        python=python,
+        package_dir=(site or top) / _PACKAGE,
+        programs=programs,
+    )
+
+
+def _programs(directory: Path) -> tuple[Path, ...]:
+    return tuple(path for name in _PROGRAMS if os.path.isfile(path := directory / name))
 
 
 def _at_package(package: Path, python: Path) -> DibInstallation:
@@ -144,14 +195,18 @@ def _lacking(*paths: Path) -> Path | None:
 
 
 def _described(package: Path, library: Path, python: Path) -> DibInstallation:
-    beside = next(iter(importlib.metadata.distributions(name=_DISTRIBUTION, path=[str(package.parent)])), None)
+    beside = _metadata(package.parent)
     return DibInstallation(
-        version=beside.version if beside else "unknown",
+        rules=releases.rules(beside.version) if beside else releases.guess(package),
         library_dir=library,
         elements_dir=package / "elements",
         python=python,
         package_dir=package,
     )
+
+
+def _metadata(site: Path) -> importlib.metadata.Distribution | None:
+    return next(iter(importlib.metadata.distributions(name=_DISTRIBUTION, path=[str(site)])), None)
 
 
 def _ask(python: Path, site: Path | None) -> Mapping[str, Any]:

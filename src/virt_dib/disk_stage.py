@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk stage: from the finished tree to an image disk, in the appliance, with DIB's own dib-block-device."""
+"""The disk stage: from the finished tree to an image disk, in the appliance, with DIB's own dib-block-device.
+
+Releases of DIB before 2.4.0 have none, or half of one: ``old_disk`` does then what their runner did.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from virt_dib import layout
 from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance, Disk
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import JobResult
+from virt_dib.old_disk import PARTITION, OldDisk
 from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script
 from virt_dib.plan import BuildPlan
+from virt_dib.releases import DiskMaker
 from virt_dib.sandbox import Extent
 from virt_dib.spec import DISK_PHASES, Phase
 
@@ -80,6 +85,8 @@ class DiskStage:
         self._image_disk = image_disk
         self._archive_disk = archive_disk
         self._facts = plan.facts
+        configured = plan.dib.rules.disk_maker is DiskMaker.CONFIGURATION
+        self._old_disk = None if configured else OldDisk(plan, phases, appliance)
 
     def make_image(self, tree_kib: int, filler: Filler | None) -> Lengths:
         """Make the image of a tree of that size, and the archive if there is a disk for one.
@@ -92,11 +99,11 @@ class DiskStage:
             ApplianceError: dib-block-device failed, or the tree does not fit.
         """
         plan = self._plan
-        size_kib = layout.image_size_kib(plan.spec, plan.elements, plan.layout.block_devices.root_fstype, tree_kib)
+        size_kib = layout.image_size_kib(
+            plan.spec, plan.elements, plan.layout.block_devices.root_fstype, tree_kib, plan.dib.rules
+        )
         self._facts = dataclasses.replace(self._facts, image_size_kib=size_kib)
-        self._phases.run(self._appliance, Phase.BLOCK_DEVICE, self._facts)
-        with self._phases.step(STEPS[0]):
-            file_systems = self._create(size_kib)
+        file_systems = self._make_disk(size_kib)
         with self._phases.step(STEPS[1]):
             result = self._copy() if filler is None else self._fill(file_systems, filler)
             if result.exit_status != 0 and _NO_ROOM.search(result.tail):
@@ -106,7 +113,7 @@ class DiskStage:
                     hint="give a larger --size, or --size auto",
                 )
             result.check("copying the tree into the image")
-        for phase in DISK_PHASES[1:]:
+        for phase in filter(plan.dib.rules.has, DISK_PHASES[1:]):
             self._phases.run(self._appliance, phase, self._facts)
         if plan.no_image is not None:
             # Nobody will look into it any more.
@@ -116,7 +123,10 @@ class DiskStage:
             points = plan.layout.block_devices.mount_points.split("|")
             guest_script(self._appliance, "tree.sh", "clean", contract.TREE, *points).check("cleaning the image")
         archive_bytes = self._archive(self._archive_disk) if self._archive_disk is not None else None
-        self._block_device("unmounting the image", "umount", "cleanup")
+        if self._old_disk is not None:
+            self._old_disk.detach()
+        else:
+            self._block_device("unmounting the image", "umount", "cleanup")
         return Lengths(
             image_bytes=plan.layout.images[0].size_bytes or size_kib * 1024,
             archive_bytes=archive_bytes,
@@ -124,20 +134,44 @@ class DiskStage:
 
     # ---- inside ----
 
-    def _create(self, size_kib: int) -> list[_FileSystem]:
-        """Partitions, file systems, mounts, fstab."""
+    def _make_disk(self, size_kib: int) -> list[_FileSystem]:
+        """block-device.d, partitions, file systems, mounts."""
         plan = self._plan
-        for image in plan.layout.images:
+        if self._old_disk is None:
+            self._phases.run(self._appliance, Phase.BLOCK_DEVICE, self._facts)
+            with self._phases.step(STEPS[0]):
+                self._lay_out(size_kib)
+                return self._create(size_kib)
+        self._lay_out(size_kib)
+        root, disk = self._old_disk.partition(self._facts, size_kib)
+        self._facts = contract.with_devices(self._facts, root=root, disk=disk)
+        with self._phases.step(STEPS[0]):
+            options = layout.mkfs_options(plan.spec, plan.spec.fs_type, plan.dib.rules)
+            self._old_disk.make(root, options)
+        return []
+
+    def _lay_out(self, size_kib: int) -> None:
+        """The raw images that dib-block-device or scripts write to."""
+        for image in self._plan.layout.images:
             arguments = [f"{image.directory}/{image.name}.raw", str(image.offset_bytes)]
             size_bytes = image.size_bytes or size_kib * 1024
             result = guest_script(self._appliance, "image-disk.sh", *arguments, str(size_bytes))
             result.check("laying out the image disk")
-        options = layout.mkfs_options(plan.spec, plan.layout.block_devices.root_fstype)
+
+    def _create(self, size_kib: int) -> list[_FileSystem]:
+        """Partitions, file systems, mounts, fstab, by dib-block-device."""
+        plan = self._plan
+        rules = plan.dib.rules
+        options = layout.mkfs_options(plan.spec, plan.layout.block_devices.root_fstype, rules)
         params = layout.params_text(plan.layout, size_kib=size_kib, options=options)
         self._appliance.write(contract.PARAMS, params.encode())
-        wanted = ("getval:image-block-device", "getval:image-block-devices", "mounts")
-        device, devices, mounts = self._block_device(STEPS[0], "init", "create", *wanted, "writefstab")
-        self._facts = dataclasses.replace(self._facts, image_block_device=device, image_block_devices=devices)
+        wanted = ["mounts", f"getval:image-block-{'device' if rules.disk_is_block_device else 'partition'}"]
+        wanted += ["getval:image-block-devices"] if "IMAGE_BLOCK_DEVICES" not in rules.absent else []
+        mounts, device, *devices = self._block_device(STEPS[0], "init", "create", *wanted, "writefstab")
+        disk = PARTITION.sub(r"\1\2", device)
+        self._facts = contract.with_devices(
+            self._facts, root=device, disk=disk, devices=devices[0] if devices else None
+        )
         return _file_systems(mounts)
 
     def _copy(self) -> JobResult:

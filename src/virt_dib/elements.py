@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from virt_dib.errors import ElementError, Problem, UsageError
+from virt_dib.releases import NEWEST, DefaultBlockDevice, Rules
 
 OPERATING_SYSTEM = "operating-system"
+_ARM = ("arm64", "aarch64")
 _LARGEST_LIST_BYTES = 16 * 1024**2
 _BLANKS = re.compile(r"[ \t\n]+")
 _LINE_ENDS = re.compile(r"[\r\n]+")
@@ -35,7 +37,7 @@ class Element:
 
     name: str
     path: Path
-    """Its real path, which ends in the name."""
+    """Its real path, which ends in the name unless the rules name elements otherwise."""
     provides: frozenset[str]
     depends: frozenset[str]
 
@@ -55,11 +57,11 @@ class SelectionProblem(Problem):
     reason: Reason = Reason.MISSING
 
 
-def discover(search_path: Sequence[Path]) -> Mapping[str, Element]:
+def discover(search_path: Sequence[Path], rules: Rules = NEWEST) -> Mapping[str, Element]:
     """All elements in the directories of *search_path*, by name; an earlier directory wins.
 
     Within one directory two entries may have the same real name. Then the one that is no link wins, or
-    the first of the links.
+    the first of the links. By the *rules* of old releases an entry's own name is the element's.
 
     Raises:
         UsageError: some of *search_path* are not directories that can be listed.
@@ -75,24 +77,24 @@ def discover(search_path: Sequence[Path]) -> Mapping[str, Element]:
             problems.append(Problem(message, "give directories that hold elements with -p"))
             continue
         paths = [(entry, Path(os.path.realpath(directory / entry))) for entry in entries]
-        for _entry, path in sorted(paths, key=lambda pair: (pair[0] != pair[1].name, pair[0])):
+        for entry, path in sorted(paths, key=lambda pair: (pair[0] != pair[1].name, pair[0])):
             if _is_directory(path):
-                candidates.setdefault(path.name, path)
+                candidates.setdefault(path.name if rules.follows_links else entry, path)
     if problems:
         raise UsageError.of(problems)
-    found = {name: _load(path, problems) for name, path in candidates.items()}
+    found = {name: _load(name, path, problems) for name, path in candidates.items()}
     if problems:
         raise ElementError.of(problems)
     return found
 
 
 def requested(
-    words: Sequence[str], *, arch: str, skip_base: bool, ramdisk_element: str | None = None
+    words: Sequence[str], *, arch: str, skip_base: bool, ramdisk_element: str | None = None, rules: Rules = NEWEST
 ) -> tuple[str, ...]:
     """The names that *words*, arguments of the command line, ask for, each once.
 
     An argument may hold several names or none. DIB's defaults are added: for ``vm`` a block device element unless
-    there is one, ``base``, and before it *ramdisk_element* (lib/common-functions, arg_to_elements).
+    there is one, by its *rules*, ``base``, and before it *ramdisk_element* (lib/common-functions, arg_to_elements).
 
     Raises:
         UsageError: no name at all.
@@ -100,8 +102,8 @@ def requested(
     names = [name for word in words for name in _BLANKS.split(word) if name]
     if not names:
         raise UsageError("no elements given", hint="name an operating system and more, such as: debian-minimal vm")
-    if "vm" in names and not any(name.startswith("block-device-") for name in names):
-        names.append("block-device-efi" if arch in ("arm64", "aarch64") else "block-device-mbr")
+    if _wants_block_device(names, rules.default_block_device):
+        names.append("block-device-efi" if rules.efi_on_arm and arch in _ARM else "block-device-mbr")
     if not skip_base:
         names.insert(0, "base")
     if ramdisk_element is not None:
@@ -109,10 +111,25 @@ def requested(
     return tuple(dict.fromkeys(names))
 
 
+def _wants_block_device(names: Sequence[str], default: DefaultBlockDevice) -> bool:
+    if default is DefaultBlockDevice.NONE:
+        return False
+    if default is DefaultBlockDevice.SUBSTRING:
+        # A name with both in it counts as the first.
+        machines = ["vm" in name for name in names]
+        devices = ["block-device-" in name and "vm" not in name for name in names]
+        return any(machines) and not any(devices)
+    return "vm" in names and not any(name.startswith("block-device-") for name in names)
+
+
 def resolve(
-    names: Iterable[str], available: Mapping[str, Element], *, excluded: frozenset[str] = frozenset()
+    names: Iterable[str],
+    available: Mapping[str, Element],
+    *,
+    excluded: frozenset[str] = frozenset(),
+    rules: Rules = NEWEST,
 ) -> tuple[Element, ...]:
-    """The elements *names* and all they depend on, without what others of them provide.
+    """The elements *names* and all they depend on, without what others of them provide, by the *rules* of DIB.
 
     *excluded* names count as neither asked for nor depended on. The order is that of first appearance,
     breadth first. DIB lets the order of a set decide which dependency of an element comes first; here
@@ -123,7 +140,7 @@ def resolve(
         UsageError: with a ``SelectionProblem`` for each thing wrong; the first is the one DIB stops at.
     """
     wanted = tuple(name for name in dict.fromkeys(names) if name not in excluded)
-    expansion = _Expansion(wanted=wanted, available=available, excluded=excluded)
+    expansion = _Expansion(wanted=wanted, available=available, excluded=excluded, one_provider=rules.one_provider)
     expansion.expand()
     expansion.check()
     if expansion.wrong:
@@ -138,6 +155,7 @@ class _Expansion:
     wanted: tuple[str, ...]
     available: Mapping[str, Element]
     excluded: frozenset[str]
+    one_provider: bool
     needed_by: dict[str, str | None] = field(default_factory=dict)
     """All names in order of appearance; the element that brought it, None for one asked for."""
     providers: dict[str, list[str]] = field(default_factory=dict)
@@ -157,7 +175,7 @@ class _Expansion:
                 self.wrong[Reason.MISSING, name] = None
                 continue
             for provided in sorted(element.provides):
-                if provided in self.providers:
+                if self.one_provider and provided in self.providers:
                     self.wrong[Reason.ALREADY_PROVIDED, provided] = None
                 self.providers.setdefault(provided, []).append(name)
             new = [other for other in element.depends if other not in self.needed_by and other not in self.excluded]
@@ -238,9 +256,9 @@ def _is_directory(path: Path) -> bool:
         return False
 
 
-def _load(path: Path, problems: list[Problem]) -> Element:
+def _load(name: str, path: Path, problems: list[Problem]) -> Element:
     return Element(
-        name=path.name,
+        name=name,
         path=path,
         provides=_read_names(path / "element-provides", problems),
         depends=_read_names(path / "element-deps", problems),

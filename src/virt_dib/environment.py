@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from virt_dib.elements import Element
+from virt_dib.releases import NEWEST, DiskMaker, PythonName, Rules
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, Phase, Where
 
 GUEST = "/dib"
@@ -26,14 +28,22 @@ CACHE = f"{HOME}/.cache/image-create"
 SECOND_CACHE = f"{GUEST}/extra-data-cache"
 """That of --image-cache when there is a helper drive too."""
 OUT = f"{GUEST}/out"
+PREFIX = f"{GUEST}/prefix"
+"""Library and programs of releases of DIB before 2.0.0."""
+PROGRAMS = f"{GUEST}/programs"
+"""What scripts written for old releases expect on the PATH."""
+RUNNERS_IMAGE = f"{IMAGE_DIR}/image.raw"
+"""The raw image where the runner makes it, before DIB 2.0.0."""
 SITE = f"{GUEST}/site"
 RUNNER_BIN = f"{GUEST}/bin"
 """Where sudo is when extra-data.d runs on the host."""
+LIBRARY = f"{SITE}/diskimage_builder/lib"
 PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PYTHON = "/usr/bin/python3"
+PYTHON = "/usr/bin/python3"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_OF_THE_DISK = (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +73,15 @@ class OnHost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What the values are made of. The last three are known only once the image disk is."""
+    """What the values are made of. The last ones are known only once the image disk is."""
+
+    rules: Rules = NEWEST
+    library: str = LIBRARY
+    """DIB's library in the guest."""
+    python: str = PYTHON
+    """DIB's Python in the guest."""
+    root_uuid: str = ""
+    """Of the root file system, where the runner makes it."""
 
     spec: BuildSpec
     elements: Sequence[Element]
@@ -78,6 +96,7 @@ class Facts:
     """Where extra-data.d runs on the host."""
     image_size_kib: int | None = None
     image_block_device: str | None = None
+    image_whole_device: str | None = None
     image_block_devices: str | None = None
 
 
@@ -95,8 +114,9 @@ def _always(text: str) -> Callable[[Facts, Phase], str]:
 
 
 def _dib_env(facts: Facts, _phase: Phase) -> str:
-    own = {"DIB_ARGS": " ".join(facts.spec.arguments), "DIB_PYTHON_EXEC": _PYTHON}
-    return declarations({**facts.spec.variables, **own})
+    own = {"DIB_ARGS": " ".join(facts.spec.arguments), "DIB_PYTHON_EXEC": facts.python}
+    kept = {name: value for name, value in own.items() if name not in facts.rules.absent}
+    return declarations({**facts.spec.variables, **kept})
 
 
 def _makes_ramdisk(facts: Facts) -> bool:
@@ -111,9 +131,15 @@ def _base_elements(facts: Facts, _phase: Phase) -> str | None:
     return f"{GUEST}/elements/{len(facts.spec.element_paths)}" if _makes_ramdisk(facts) else None
 
 
+def _runners_image(facts: Facts, _phase: Phase) -> str:
+    return RUNNERS_IMAGE if facts.rules.disk_maker is DiskMaker.SCRIPTS else ""
+
+
 def _tmp_image(facts: Facts, phase: Phase) -> str | None:
-    # Where the ramdisk is written first: in a directory that extra-data.d has made.
-    return "/tmp/ramdisk-build/image.raw" if phase.where is Where.CHROOT and _makes_ramdisk(facts) else None  # noqa: S108
+    if phase.where is Where.CHROOT and _makes_ramdisk(facts):
+        # Where the ramdisk is written first: in a directory that extra-data.d has made.
+        return "/tmp/ramdisk-build/image.raw"  # noqa: S108
+    return _runners_image(facts, phase) or None
 
 
 def _target_root(_facts: Facts, phase: Phase) -> str | None:
@@ -121,16 +147,15 @@ def _target_root(_facts: Facts, phase: Phase) -> str | None:
 
 
 def _image_size(facts: Facts, phase: Phase) -> str | None:
-    if phase in (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP):
+    if facts.rules.size_in_kib and phase in _OF_THE_DISK:
         return None if facts.image_size_kib is None else str(facts.image_size_kib)
     if facts.spec.size_bytes is None:
         return facts.spec.variables.get("DIB_IMAGE_SIZE")
     return f"{facts.spec.size_bytes / 1024**3:g}"
 
 
-def _since_pre_finalise(get: Callable[[Facts], str | None]) -> Callable[[Facts, Phase], str | None]:
-    phases = (Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP)
-    return lambda facts, phase: get(facts) if phase in phases else None
+def _once_known(get: Callable[[Facts], str | None]) -> Callable[[Facts, Phase], str | None]:
+    return lambda facts, phase: get(facts) if phase in _OF_THE_DISK else None
 
 
 def cache_of_extra_data(spec: BuildSpec) -> str:
@@ -146,9 +171,12 @@ def _home(_facts: Facts, phase: Phase) -> str:
     return "/root" if phase.where is Where.CHROOT else HOME
 
 
-def _path(_facts: Facts, phase: Phase) -> str:
+def _path(facts: Facts, phase: Phase) -> str:
     # DIB quotes the dollar, so that its shell does not put the host's PATH there (contract section 1.4).
-    return f"$PATH:{SYSTEM_PATH}" if phase.where is Where.CHROOT else SYSTEM_PATH
+    outside = f"{PROGRAMS}:{SYSTEM_PATH}" if facts.rules.python_name is PythonName.FIRST else SYSTEM_PATH
+    if phase.where is Where.OUTSIDE:
+        return outside
+    return f"{'$PATH' if facts.rules.literal_path else outside}:{SYSTEM_PATH}"
 
 
 _TABLE: tuple[_Variable, ...] = (
@@ -158,13 +186,18 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("LOGNAME", _always("root")),
     _Variable("SHELL", _always("/bin/bash")),
     _Variable("LC_ALL", _always("C")),
+    _Variable("LANG", _always("C")),
     _Variable("TERM", _always("dumb")),
     # Not in the contract: what DIB's Python scripts print would come only when they end.
     _Variable("PYTHONUNBUFFERED", _always("1"), user_wins=True),
     # bash takes no other value over from the environment when it runs as root; sudo drops it on the way in.
     _Variable("PS4", lambda _, phase: "+ " if phase.where is Where.OUTSIDE else None),
-    _Variable("_LIB", _always(f"{SITE}/diskimage_builder/lib")),
-    _Variable("DIB_PYTHON_EXEC", _always(_PYTHON)),
+    _Variable("_LIB", lambda facts, _: facts.library),
+    _Variable("_PREFIX", _always(PREFIX)),
+    _Variable("SCRIPT_HOME", _always(f"{PREFIX}/bin")),
+    _Variable("DIB_PYTHON_EXEC", lambda facts, _: facts.python),
+    _Variable("DIB_PYTHON_EXEC_TMP", _always(PROGRAMS)),
+    _Variable("DIB_ORIGINAL_PATH", _always(SYSTEM_PATH)),
     _Variable("DIB_ARGS", lambda facts, _: " ".join(facts.spec.arguments)),
     _Variable("DIB_ENV", _dib_env),
     _Variable("DIB_DEBUG_TRACE", lambda facts, _: str(facts.spec.debug_level)),
@@ -189,15 +222,17 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("TMP_MOUNT_PATH", _always(TREE)),
     _Variable("TARGET_ROOT", _target_root),
     _Variable("TMP_IMAGE_PATH", _tmp_image),
-    _Variable("OUT_IMAGE_PATH", _always("")),
+    _Variable("OUT_IMAGE_PATH", _runners_image),
     _Variable("DIB_BLOCK_DEVICE_PARAMS_YAML", _always(PARAMS)),
     _Variable("DIB_ROOT_LABEL", lambda facts, _: facts.block_devices.root_label),
     _Variable("DIB_ROOT_FSTYPE", lambda facts, _: facts.block_devices.root_fstype),
     _Variable("DIB_BOOT_LABEL", lambda facts, _: facts.block_devices.boot_label),
     _Variable("DIB_MOUNTPOINTS", lambda facts, _: facts.block_devices.mount_points),
     _Variable("DIB_IMAGE_SIZE", _image_size),
-    _Variable("IMAGE_BLOCK_DEVICE", _since_pre_finalise(lambda facts: facts.image_block_device)),
-    _Variable("IMAGE_BLOCK_DEVICES", _since_pre_finalise(lambda facts: facts.image_block_devices)),
+    _Variable("DIB_IMAGE_ROOT_FS_UUID", lambda facts, _: facts.root_uuid),
+    _Variable("IMAGE_BLOCK_DEVICE", _once_known(lambda facts: facts.image_block_device)),
+    _Variable("IMAGE_BLOCK_DEVICE_WITHOUT_PART", _once_known(lambda facts: facts.image_whole_device)),
+    _Variable("IMAGE_BLOCK_DEVICES", _once_known(lambda facts: facts.image_block_devices)),
     # The manual wants dib-manifests in NAME.d, which is the working directory of the phases outside.
     _Variable("DIB_MANIFEST_SAVE_DIR", _always(OUT), user_wins=True),
     _Variable("RAMDISK_ELEMENT", lambda facts, _: facts.spec.added_element),
@@ -205,6 +240,8 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("DOCKER_TARGET", lambda facts, _: facts.spec.docker_target),
     _Variable("COMPRESS_IMAGE", lambda facts, _: None if facts.spec.compress else ""),
 )
+
+_DIE = 'die() { local exitcode=$?; set +o xtrace; echo "$@"; exit $exitcode; }\n'
 
 _OF_THE_HOST_ONLY = re.compile(
     r"""PATH|HOME|PWD|OLDPWD|SHLVL|_|TMP|TEMP|TMPDIR|SHELL|USER|LOGNAME|MAIL|HOSTNAME|TERM.*|DISPLAY|BASH.*|ENV|IFS
@@ -236,7 +273,7 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
     for variable in _TABLE:
         if on_host is not None and variable.name in _USERS_OWN:
             continue
-        if variable.user_wins and variable.name in facts.spec.variables:
+        if variable.name in facts.rules.absent or (variable.user_wins and variable.name in facts.spec.variables):
             continue
         value = variable.value(facts, phase)
         if value is not None:
@@ -244,11 +281,13 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
         elif variable.name not in facts.spec.variables:
             variables.pop(variable.name, None)
     if on_host is not None:
-        variables.update(_of_host(facts, on_host))
+        places = _of_host(facts, on_host)
+        variables.update({name: value for name, value in places.items() if name not in facts.rules.absent})
     if phase.where is Where.CHROOT:
         # They name places outside (DIB's run_in_target).
-        variables.pop("TMPDIR", None)
-        variables.pop("VIRTUAL_ENV", None)
+        unset = ("TMPDIR", "VIRTUAL_ENV") if facts.rules.chroot_unsets else ()
+        variables = {name: value for name, value in variables.items() if name not in unset}
+        variables |= {} if facts.rules.chroot_unsets else {"TMPDIR": ""}
     return variables
 
 
@@ -263,6 +302,7 @@ def _of_host(facts: Facts, on_host: OnHost) -> dict[str, str]:
         "PYTHONPATH": f"{python_path}:{SITE}" if python_path else SITE,
         "TMPDIR": "/tmp",  # noqa: S108 - the phase's own
         "_LIB": on_host.library_dir,
+        "_PREFIX": on_host.library_dir.rpartition("/")[0],
         "DIB_PYTHON_EXEC": on_host.python,
         "ELEMENTS_PATH": ":".join(on_host.elements_path),
         "IMAGE_ELEMENT_YAML": yaml.safe_dump(dict(on_host.element_dirs)),
@@ -279,6 +319,11 @@ def working_directory(facts: Facts, phase: Phase) -> str:
     return facts.on_host.working_directory if phase is Phase.EXTRA_DATA and facts.on_host is not None else OUT
 
 
+def with_devices(facts: Facts, *, root: str | None, disk: str | None, devices: str | None = None) -> Facts:
+    """*facts* once the image disk is there, or part of it."""
+    return dataclasses.replace(facts, image_block_device=root, image_whole_device=disk, image_block_devices=devices)
+
+
 def functions(facts: Facts, phase: Phase) -> str:
     """Bash text that defines and exports DIB's functions for the phases outside the chroot.
 
@@ -286,12 +331,13 @@ def functions(facts: Facts, phase: Phase) -> str:
     """
     if phase.where is Where.CHROOT:
         return ""
+    if "IMAGE_ELEMENT_YAML" in facts.rules.absent:
+        return f"{_DIE}export -f die\n"
     on_host = facts.on_host if phase is Phase.EXTRA_DATA else None
     dirs = on_host.element_dirs if on_host is not None else facts.element_dirs
     array = "".join(f"[{name}]={path} " for name, path in dirs.items())
     return (
-        'die() { local exitcode=$?; set +o xtrace; echo "$@"; exit $exitcode; }\n'
-        f"get_image_element_array() {{ echo {shlex.quote(array)}; }}\n"
+        f"{_DIE}get_image_element_array() {{ echo {shlex.quote(array)}; }}\n"
         '_ps4() { printf "%-80s " "${BASH_SOURCE[1]-}:${BASH_LINENO[0]}:${FUNCNAME[1]-}"; }\n'
         "export -f die get_image_element_array _ps4\n"
     )

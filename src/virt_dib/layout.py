@@ -18,15 +18,14 @@ from virt_dib import environment as contract
 from virt_dib import tools
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
-from virt_dib.environment import BlockDevices
 from virt_dib.errors import ToolError, UsageError
+from virt_dib.releases import NEWEST, DiskMaker, Rules
 from virt_dib.spec import LARGEST_DISK_BYTES, BuildSpec
 
 _KIB_PER_MIB = 1024
 _IMAGE_STEP_KIB = 64
 _DEFAULT_JOURNAL_MIB = 64
 _EFI_EXTRA_KIB = 525 * _KIB_PER_MIB
-_TREE_SHARE = 0.6
 _SLICE_BYTES = 1 << 41
 """Room on the image disk for an image whose size is not known yet."""
 
@@ -54,11 +53,13 @@ _FALLBACK = """\
 """One file system on the whole disk: what DIB takes when no element brings a configuration."""
 
 _ANSWERS = {
-    "root_label": "getval:root-label",
-    "root_fstype": "getval:root-fstype",
-    "boot_label": "getval:boot-label",
-    "mount_points": "getval:mount-points",
+    "root_label": ("getval:root-label", "DIB_ROOT_LABEL"),
+    "root_fstype": ("getval:root-fstype", "DIB_ROOT_FSTYPE"),
+    "boot_label": ("getval:boot-label", "DIB_BOOT_LABEL"),
+    "mount_points": ("getval:mount-points", "DIB_MOUNTPOINTS"),
 }
+"""What dib-block-device is asked for, and the variable that a release has if it can answer."""
+_DEFAULT_LABEL, _DEFAULT_XFS_LABEL = "cloudimg-rootfs", "img-rootfs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ class Layout:
     """DIB's block device configuration, YAML."""
     params: Mapping[str, Any]
     """The parameters of dib-block-device in the guest (contract section 3.2), sizes and mkfs options aside."""
-    block_devices: BlockDevices
+    block_devices: contract.BlockDevices
     images: Sequence[Image]
     """The one that becomes the output first."""
     discarded: tuple[str, ...]
@@ -114,6 +115,8 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         UsageError: the configuration cannot be read, or DIB refuses it.
         ToolError: dib-block-device does not run.
     """
+    if dib.rules.disk_maker is not DiskMaker.CONFIGURATION:
+        return _runners_layout(spec, dib.rules)
     config = _choose_config(spec, elements)
     scratch.mkdir()
     (scratch / "config.yaml").write_text(config, encoding="utf-8")
@@ -125,7 +128,9 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         "mount-base": str(scratch / "mnt"),
         "build-dir": str(scratch),
     }
-    answers = _ask(params, ["init", *_ANSWERS.values(), "check"], spec, dib, scratch)
+    questions = {name: key for name, (key, variable) in _ANSWERS.items() if variable not in dib.rules.absent}
+    answers = _ask(params, ["init", *questions.values(), "check"], spec, dib, scratch)
+    none = dict.fromkeys(_ANSWERS, "")
     nodes = json.loads((scratch / "states" / "block-device" / "config.json").read_text())
     images = _images(nodes, spec)
     guest_params = params | {
@@ -137,7 +142,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
     return Layout(
         config=config,
         params=guest_params,
-        block_devices=BlockDevices(**{name: answers[key] for name, key in _ANSWERS.items()}),
+        block_devices=contract.BlockDevices(**none | {name: answers[key] for name, key in questions.items()}),
         images=images,
         discarded=tuple(image.name for image in images[1:]),
         disk_bytes=max(image.offset_bytes + (image.size_bytes or _slice_bytes(spec)) for image in images),
@@ -145,8 +150,34 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
     )
 
 
-def image_size_kib(spec: BuildSpec, elements: Sequence[Element], root_fstype: str, tree_kib: int) -> int:
-    """The size of the image: ``--size``, or what DIB computes from the tree (contract section 1.7).
+def _runners_layout(spec: BuildSpec, rules: Rules) -> Layout:
+    """What is known of the image disk where scripts in the guest decide about its partitions."""
+    if spec.variables.get("DIB_BLOCK_DEVICE_CONFIG") and rules.disk_maker is DiskMaker.SCRIPTS:
+        raise UsageError(
+            f"diskimage-builder {rules.version} has no block device configuration: DIB_BLOCK_DEVICE_CONFIG would do "
+            "nothing",
+            hint="leave it out, and let an element partition the disk: vm, or partitioning-sfdisk; or use a release "
+            "from 2.4.0 on",
+        )
+    label = _DEFAULT_XFS_LABEL if spec.fs_type == "xfs" else _DEFAULT_LABEL
+    image = Path(contract.RUNNERS_IMAGE).stem if rules.disk_maker is DiskMaker.SCRIPTS else OUTPUT_IMAGE
+    return Layout(
+        config="",
+        params={},
+        block_devices=contract.BlockDevices(
+            root_label=spec.root_label or label, root_fstype=spec.fs_type, boot_label="", mount_points="/"
+        ),
+        images=[Image(name=image, directory=contract.IMAGE_DIR, offset_bytes=0, size_bytes=None)],
+        discarded=(),
+        disk_bytes=_slice_bytes(spec),
+        parts=(),
+    )
+
+
+def image_size_kib(
+    spec: BuildSpec, elements: Sequence[Element], root_fstype: str, tree_kib: int, rules: Rules = NEWEST
+) -> int:
+    """The size of the image: ``--size``, or what DIB computes from the tree by its *rules* (contract section 1.7).
 
     Raises:
         UsageError: a variable that sizes depend on is not a number.
@@ -160,18 +191,21 @@ def image_size_kib(spec: BuildSpec, elements: Sequence[Element], root_fstype: st
     elif extra is not None:
         size_kib = tree_kib + int(extra * _KIB_PER_MIB)
     else:
-        size_kib = int(tree_kib / _TREE_SHARE)
+        size_kib = int(tree_kib / rules.tree_share)
     if wanted is None and root_fstype == "ext4":
         size_kib += journal_mib(spec) * _KIB_PER_MIB
     if any("block-device-efi" in element.name for element in elements):
         size_kib += _EFI_EXTRA_KIB
+    if wanted is None and not rules.exact_sizes:
+        return (size_kib // _IMAGE_STEP_KIB + 1) * _IMAGE_STEP_KIB
     return -(-size_kib // _IMAGE_STEP_KIB) * _IMAGE_STEP_KIB
 
 
-def mkfs_options(spec: BuildSpec, root_fstype: str) -> str:
-    """The options of mkfs for the root file system, as one string (contract section 1.7)."""
+def mkfs_options(spec: BuildSpec, root_fstype: str, rules: Rules = NEWEST) -> str:
+    """The options of mkfs for the root file system, as one string, by DIB's *rules* (contract section 1.7)."""
     options = spec.mkfs_options
-    if root_fstype == "ext4":
+    automatic = spec.size_bytes is None and not spec.variables.get("DIB_IMAGE_SIZE")
+    if root_fstype == "ext4" and (rules.ext4_options_always or automatic):
         options = f"-i 4096 -J size={journal_mib(spec)} {options}"
         if spec.variables.get("DIB_RELEASE") == "trusty":
             # Its fsck does not know the checksums and takes them for damage.

@@ -102,6 +102,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
     "elements": (
         _value("-B", "dib_library", "DIR", "lib directory of diskimage-builder (default: of the installed one)"),
         _values("-p --element-path", "element_paths", "DIR", "search DIR for elements before diskimage-builder's"),
+        _value(
+            "--python", "python", "PYTHON",
+            "Python that runs diskimage-builder's own modules, a name on the PATH or a path, such as that of a virtual "
+            "environment (default: the one that virt-dib runs with)",
+        ),
         _flag("--skip-base", "skip_base", "do not add the element 'base'"),
         _values("--exclude-element", "excluded_elements", "ELEMENT", "leave ELEMENT out"),
         _values("--exclude-script", "excluded_scripts", "SCRIPT", "leave out scripts of this name"),
@@ -212,6 +217,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "install_type": ("source", "package"),
     "dib_library": Offer.DIRECTORY,
     "element_paths": Offer.DIRECTORY,
+    "python": Offer.FILE,
     "excluded_elements": Offer.ELEMENT,
     "ramdisk_element": Offer.ELEMENT,
     "envvars": Offer.VARIABLE,
@@ -245,6 +251,7 @@ class Given:
     extra_packages: list[str] = field(default_factory=list)
     dib_library: str | None = None
     element_paths: list[str] = field(default_factory=list)
+    python: str | None = None
     skip_base: bool = False
     excluded_elements: list[str] = field(default_factory=list)
     excluded_scripts: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from virt_dib import environment as contract
 from virt_dib.environment import Facts
@@ -35,8 +35,8 @@ class Phases:
         self.monitor = monitor
         self.results: list[PhaseResult] = []
 
-    def run(self, place: Runner, phase: Phase, facts: Facts) -> None:
-        """Run the scripts of *phase*, if it has any.
+    def run(self, place: Runner, phase: Phase, facts: Facts, *, also: Callable[[bytes], None] | None = None) -> None:
+        """Run the scripts of *phase*, if it has any. What they print goes to the monitor, and to *also*.
 
         Raises:
             ScriptError: naming the one that failed.
@@ -52,13 +52,19 @@ class Phases:
         else:
             command = [f"{GUEST_SCRIPTS}/run-phase.sh", f"{hooks}/{phase.directory}"]
             cwd = contract.working_directory(facts, phase)
+
+        def output(data: bytes) -> None:
+            self.monitor.output(data)
+            if also is not None:
+                also(data)
+
         begun = time.monotonic()
         result = place.run(
             command,
             variables,
             cwd,
             functions=contract.functions(facts, phase),
-            on_output=self.monitor.output,
+            on_output=output,
             on_event=scripts.event,
         )
         scripts.end(result.exit_status)

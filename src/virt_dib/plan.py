@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import stat
+import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from virt_dib import (
     image_cache,
     layout,
     prerequisites,
+    releases,
     sandbox,
     tools,
 )
@@ -29,16 +33,21 @@ from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.drive import Drive
 from virt_dib.elements import Element
-from virt_dib.errors import PrerequisiteError, Problem, UsageError, VirtDibError
+from virt_dib.errors import ElementError, PrerequisiteError, Problem, UsageError, VirtDibError
 from virt_dib.formats import Format
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
-from virt_dib.spec import BuildSpec, ExtraData, check_label, check_spec, check_texts
+from virt_dib.releases import Rules
+from virt_dib.spec import BuildSpec, ExtraData, Phase, Where, check_label, check_spec, check_texts
 from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
 
+_PYTHON_2 = "/usr/bin/python2"
+"""Where the guest would have it."""
+_LARGEST_SCRIPT_BYTES = 1 << 20
+_PYTHON_SCRIPT = re.compile(rb"#![ \t]*/[^\n]*\bpython(?P<two>2[0-9.]*)?(?:[ \t\n]|3)")
 DEFAULT_MEMORY_MIB = 2048
 _MOST_CPUS = 8
 _NO_IMAGE_ELEMENTS = ("no-final-image", "ironic-agent")
@@ -100,9 +109,10 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.tell(lambda: _check_directory(spec.output_dir))
     helper = found.tell(lambda: drive.inspect(spec.drive, spec.drive_format) if spec.drive is not None else None)
     found.tell(lambda: _check_cache(spec, environ))
-    installation = found.tell(lambda: dib.find_installation(spec.dib_library))
+    installation = found.tell(lambda: dib.find_installation(spec.dib_library, spec.python))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
-    chosen = found.tell(lambda: _choose(spec, search_path)) if installation else None
+    rules = installation.rules if installation else releases.NEWEST
+    chosen = found.tell(lambda: _choose(spec, search_path, rules)) if installation else None
     no_image = _no_image(spec, chosen or ())
     if outputs is not None and no_image is not None:
         outputs = ()
@@ -118,13 +128,17 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     disk = found.tell(lambda: layout.prepare(spec, chosen, installation, workspace / "block-device"))
     if disk is not None:
         # The numbers in variables are looked at now, not after an hour.
-        found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0))
-        found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype))
+        found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0, rules))
+        found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype, rules))
     host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
     found.stop()
     if tree is None or disk is None or host_files is None:
         raise AssertionError
+    found.tell(lambda: _check_python_scripts(tree))
     _fill(staging, installation, disk)
+    if not installation.in_package:
+        own_elements = f"{contract.GUEST}/elements/{len(search_path) - 1}"
+        staging.add_prefix(installation.library_dir, installation.programs, own_elements)
     on_host = None
     if spec.extra_data is ExtraData.HOST:
         on_host = extra_data.find_on_host(
@@ -152,6 +166,10 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
             elements_path=_guest_search_path(len(search_path), places),
             block_devices=disk.block_devices,
             host_environment=environ,
+            rules=rules,
+            library=contract.LIBRARY if installation.in_package else f"{contract.PREFIX}/lib",
+            python=_guest_python(installation.python),
+            root_uuid=str(uuid.uuid4()),
             on_host=on_host,
         ),
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
@@ -165,7 +183,8 @@ def find_elements(spec: BuildSpec) -> Mapping[str, Element]:
     Raises:
         VirtDibError: there is no diskimage-builder, or a directory of the search path cannot be read.
     """
-    return elements.discover([*spec.element_paths, dib.find_installation(spec.dib_library).elements_dir])
+    installation = dib.find_installation(spec.dib_library, spec.python)
+    return elements.discover([*spec.element_paths, installation.elements_dir], installation.rules)
 
 
 @contextlib.contextmanager
@@ -250,12 +269,12 @@ def _type(path: Path) -> int | None:
         raise UsageError(f"cannot write '{path}': {error.strerror}", hint="give another --name") from error
 
 
-def _choose(spec: BuildSpec, search_path: Sequence[Path]) -> tuple[Element, ...]:
-    available = elements.discover(search_path)
+def _choose(spec: BuildSpec, search_path: Sequence[Path], rules: Rules) -> tuple[Element, ...]:
+    available = elements.discover(search_path, rules)
     wanted = elements.requested(
-        spec.elements, arch=spec.arch, skip_base=spec.skip_base, ramdisk_element=spec.added_element
+        spec.elements, arch=spec.arch, skip_base=spec.skip_base, ramdisk_element=spec.added_element, rules=rules
     )
-    return elements.resolve(wanted, available, excluded=spec.excluded_elements)
+    return elements.resolve(wanted, available, excluded=spec.excluded_elements, rules=rules)
 
 
 def _no_image(spec: BuildSpec, chosen: Sequence[Element]) -> str | None:
@@ -274,6 +293,66 @@ def _fill(staging: Staging, installation: DibInstallation, disk: Layout) -> None
     staging.add_modules(dib.guest_modules(installation), system_python if system_python.exists() else python)
     staging.write("build/block-device/config.yaml", disk.config)
     staging.write("build/block-device/params.yaml", layout.params_text(disk))
+    staging.write("guest/rules.sh", guest_rules(installation.rules))
+    staging.add_programs(installation.rules)
+
+
+def _check_python_scripts(tree: HookTree) -> None:
+    """Refuse Python scripts of phases outside the chroot that the guest's Python cannot run.
+
+    Raises:
+        ElementError: all of them.
+    """
+    problems = []
+    for script in (script for phase in Phase if phase.where is Where.OUTSIDE for script in tree.scripts(phase)):
+        reason = _why_not_python_3(tree.directory / script.phase.directory / script.name)
+        if reason is not None:
+            of_element = f" of element '{script.element}'" if script.element else ""
+            problems.append(
+                Problem(
+                    f"script '{script.phase.directory}/{script.name}'{of_element} cannot run: {reason}",
+                    "port it to Python 3, or leave it out with --exclude-script",
+                )
+            )
+    if problems:
+        raise ElementError.of(problems)
+
+
+def _why_not_python_3(path: Path) -> str | None:
+    with path.open("rb") as stream:
+        text = stream.read(_LARGEST_SCRIPT_BYTES)
+    python = _PYTHON_SCRIPT.match(text)
+    if python is None or len(text) == _LARGEST_SCRIPT_BYTES:
+        return None
+    if python["two"] and not os.path.exists(_PYTHON_2):
+        return "it wants Python 2, which is not installed"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(text, path.name, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        return f"it is not Python 3, line {error.lineno}: {error.msg}"
+    except (ValueError, RecursionError, MemoryError):
+        return None
+    return None
+
+
+def guest_rules(rules: Rules) -> str:
+    """Bash text that tells the guest scripts what depends on DIB's release."""
+    answers = {
+        "sys_mode": "ro" if rules.sys_is_read_only else "rw",
+        "new_pts": "1" if rules.new_pts else "",
+        "keep_linked_resolver": "1" if rules.keeps_linked_resolver else "",
+        "clean_tmp": "1" if rules.cleans_tmp else "",
+        "clean_logs": "1" if rules.cleans_logs else "",
+    }
+    return "".join(f"{name}={value}\n" for name, value in answers.items())
+
+
+def _guest_python(python: Path) -> str:
+    """The guest's name for *python*: it has the host's /usr/bin/python3, by all its names there, and no other."""
+    same = python.parent == Path("/usr/bin") and os.path.realpath(python) == os.path.realpath(contract.PYTHON)
+    return str(python) if same else contract.PYTHON
 
 
 def _guest_search_path(count: int, places: Mapping[str, str]) -> tuple[str, ...]:

@@ -118,6 +118,8 @@ class BuildSpec:
     """``-p`` in the order given; diskimage-builder's own elements come after them."""
     dib_library: Path | None = None
     """``-B``: the directory with ``die`` in it."""
+    python: Path | None = None
+    """``--python``: the interpreter that has DIB, or runs that of ``-B``, on the host."""
     formats: tuple[str, ...] = ("qcow2",)
     size_bytes: int | None = DEFAULT_SIZE_BYTES
     """Size of the image disk; None is ``--size auto``."""

@@ -19,12 +19,14 @@ from virt_dib import layout, tools
 from virt_dib.elements import Element
 from virt_dib.environment import GUEST
 from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError
+from virt_dib.releases import DiskMaker, PythonName, Rules
 
 BUILD_DISK_BYTES = 128 * 1024**3
 """Length of the build disk; it takes what is written to it."""
 _DIRECTORIES = (
     "build/mnt", "build/hooks", "build/block-device", "drive", "elements", "guest", "home/.cache/image-create",
-                "home/.cache/dib/lockfiles", "host-files", "image", "jobs", "out", "site", "tmp")  # fmt: skip
+    "home/.cache/dib/lockfiles", "host-files", "image", "jobs", "out", "prefix", "programs", "site", "tmp",
+)  # fmt: skip
 
 HOST_FILE_VARIABLES = (
     "ACI_MANIFEST", "DIB_ADD_APT_KEYS", "DIB_APT_CONF", "DIB_APT_KEYRING", "DIB_APT_SOURCES",
@@ -133,13 +135,38 @@ class Staging:
             check=False,
         )
 
+    def add_programs(self, rules: Rules) -> None:
+        """Put in what scripts of DIB's release expect on the PATH, by its *rules*."""
+        programs = self.directory / "programs"
+        if rules.python_name is not PythonName.NOWHERE:
+            (programs / "python").symlink_to("/usr/bin/python3")
+        if not rules.own_run_parts:
+            (programs / "dib-run-parts").symlink_to("/dib/guest/dib-run-parts.sh")
+        if rules.disk_maker is DiskMaker.TABLE:
+            (programs / "dib-block-device").symlink_to("/dib/guest/dib-block-device.py")
+            (programs / "losetup").symlink_to("/dib/guest/losetup.sh")
+        if rules.cylinders:
+            (programs / "sfdisk").symlink_to("/dib/guest/sfdisk.sh")
+
+    def add_prefix(self, library: Path, programs: Iterable[Path], elements: str) -> None:
+        """Put in the library and the programs of a DIB before 2.0.0, beside a link to *elements* in the guest."""
+        prefix = self.directory / "prefix"
+        (prefix / "elements").symlink_to(elements)
+        hint = "make it readable, or unpack diskimage-builder again"
+        with self._copying(library, ToolError, hint):
+            self._copy(library, prefix / "lib")
+        for program in programs:
+            with self._copying(program, ToolError, hint):
+                (prefix / "bin").mkdir(exist_ok=True)
+                self._copy(program, prefix / "bin" / program.name)
+
     def add_elements(self, elements: Sequence[Element], search_path: Sequence[Path]) -> Mapping[str, str]:
         """Put in the chosen elements, search path by search path; return each one's directory in the guest.
 
         An element that a path before overrides is there too, for DIB's package-installs reads all of them.
         """
         names = {element.name for element in elements}
-        chosen = {element.path: element.name for element in elements}
+        chosen = {(element.path, element.name) for element in elements}
         places: dict[str, str] = {}
         for number, path in enumerate(search_path):
             top = self.directory / "elements" / str(number)
@@ -149,8 +176,8 @@ class Staging:
                 if not real.is_dir() or (real.name not in names and entry.name not in names):
                     continue
                 self._copy_element(real, top / entry.name)
-                if chosen.get(real) and entry.name == real.name:
-                    places[real.name] = f"/dib/elements/{number}/{entry.name}"
+                if (real, entry.name) in chosen:
+                    places[entry.name] = f"/dib/elements/{number}/{entry.name}"
         for element in elements:
             if element.name not in places:
                 # Found only through a link of another name.

@@ -40,9 +40,13 @@ def make_tree(
         ScriptError: a script failed, or root.d left no tree.
         ApplianceError: the place itself failed.
     """
+    rules = plan.dib.rules
+    packages_before = Phase.POST_INSTALL if rules.packages_after_install else Phase.INSTALL
     with _cache_kept(plan, phases, place):
-        for phase in TREE_PHASES:
+        for phase in filter(rules.has, TREE_PHASES):
             meanwhile()
+            if phase is packages_before and plan.spec.extra_packages:
+                _install_packages(plan, phases, place)
             if phase is not Phase.EXTRA_DATA or open_host is None:
                 phases.run(place, phase, plan.facts)
             elif place.is_directory(f"{contract.HOOKS}/{phase.directory}"):
@@ -50,8 +54,6 @@ def make_tree(
                     phases.run(host, phase, plan.facts)
             if phase is Phase.ROOT:
                 _after_root(plan, place)
-            elif phase is Phase.INSTALL and plan.spec.extra_packages:
-                _install_packages(plan, phases, place)
     guest_script(place, "tree.sh", "set_aside", contract.TREE, contract.BUILT).check("setting the tree aside")
     return _size_kib(place.read(f"{contract.BUILD_DIR}/tree-size-kib"), plan.layout.disk_bytes)
 

@@ -22,11 +22,21 @@ import os
 import sys
 import traceback
 
+import dib_compat
+
 
 def check() -> None:
     """Build DIB's node graph from the configuration and throw it away."""
     import yaml  # noqa: PLC0415 - see load
-    from diskimage_builder.block_device import blockdevice, config  # noqa: PLC0415
+    from diskimage_builder.block_device import blockdevice  # noqa: PLC0415
+
+    try:
+        from diskimage_builder.block_device import config  # noqa: PLC0415
+    except ImportError:
+        config = None
+    if not hasattr(config, "create_graph") or not hasattr(blockdevice, "BlockDeviceState"):
+        # DIB 2.4 and 2.5 have them elsewhere. Then 'create' says what is wrong.
+        return
 
     with open(os.environ["DIB_BLOCK_DEVICE_PARAMS_YAML"]) as stream:
         params = yaml.safe_load(stream)
@@ -64,6 +74,7 @@ def mounts() -> str:
 
 def perform(answers_path: str, commands: list[str]) -> str:
     """Run the commands. Return an empty text, or what went wrong: the command and the last thing DIB said."""
+    load()
     answers = {}
     for command in commands:
         try:
@@ -86,6 +97,7 @@ def perform(answers_path: str, commands: list[str]) -> str:
 
 def load() -> None:
     """Import DIB. Not at the top: a server first leaves the job that started it."""
+    dib_compat.restore()
     import diskimage_builder.block_device.cmd  # noqa: F401, PLC0415
 
 

@@ -55,6 +55,8 @@ chmod 1777 /run/lock
 # Ours come first on the PATH. /usr is the host's; /usr/local is not.
 mkdir -p /usr/local/{bin,etc,include,lib,sbin,share,src}
 install -m 755 guest/sudo.sh /usr/local/bin/sudo
+# What scripts of old releases expect.
+cp -P programs/. /usr/local/bin/ -r
 for name in chroot mount umount; do
     install -m 755 "guest/sandbox-$name.sh" "/usr/local/sbin/$name"
 done

@@ -23,7 +23,7 @@ cd /dib
 # The host makes the build disk as an ordinary user; in the guest its files are root's. When a sandbox has made it
 # everything has its owner already, the image's tree above all.
 if [[ $(stat -c %u:%g guest) != 0:0 ]]; then
-    chown -R -h 0:0 build elements guest home image out site host-files jobs tmp
+    chown -R -h 0:0 build elements guest home image out prefix programs site host-files jobs tmp
     [[ ! -d extra-data-cache ]] || chown -R -h 0:0 extra-data-cache
 fi
 # The home directory is that of the helper drive, if there is one.
@@ -51,6 +51,8 @@ if [[ ! -e /etc/passwd ]]; then
     fi
 fi
 install -D -m 755 guest/sudo.sh /usr/local/bin/sudo
+# What scripts of old releases expect.
+cp -P programs/. /usr/local/bin/ -r
 
 # DIB's Python modules, for every python3 of the appliance.
 for packages in /usr/lib/python3/dist-packages /usr/lib/python3*/site-packages; do

@@ -7,13 +7,29 @@
 set -eu
 set -o pipefail
 
+# What depends on the release of DIB; the values here are those of the newest.
+sys_mode=ro
+new_pts=1
+keep_linked_resolver=1
+clean_tmp=1
+clean_logs=1
+if [[ -e ${BASH_SOURCE[0]%/*}/rules.sh ]]; then
+    # shellcheck source=/dev/null
+    source "${BASH_SOURCE[0]%/*}/rules.sh"
+fi
+
 # Mount the kernel's file systems in the tree (DIB's mount_proc_dev_sys).
 mount_kernel() {
     local root=$1
     mount -t proc none "$root/proc"
     mount --bind /dev "$root/dev"
-    mount -t devpts -o "$(findmnt --first-only /dev/pts --noheadings --output OPTIONS)" devpts "$root/dev/pts"
-    mount -o ro -t sysfs none "$root/sys"
+    if [[ -n $new_pts ]]; then
+        mount -t devpts -o "$(findmnt --first-only /dev/pts --noheadings --output OPTIONS)" devpts "$root/dev/pts"
+    else
+        mount --bind /dev/pts "$root/dev/pts"
+    fi
+    # In a container the sandbox may have nothing but a read-only one.
+    mount -o "$sys_mode" -t sysfs none "$root/sys" 2>/dev/null || mount -o ro -t sysfs none "$root/sys"
 }
 
 # Take down every mount below a directory, the deepest first (DIB's unmount_dir). Mount points named
@@ -129,7 +145,7 @@ clean() {
     local root=$1
     shift
     local resolv=$root/etc/resolv.conf
-    if [[ -L $resolv || $(lsattr "$resolv" 2>/dev/null) == ????i* ]]; then
+    if [[ (-n $keep_linked_resolver && -L $resolv) || $(lsattr "$resolv" 2>/dev/null) == ????i* ]]; then
         rm -f "$resolv.ORIG"
     else
         rm -f "$resolv"
@@ -139,13 +155,13 @@ clean() {
     fi
     unmount_below "$root/tmp"
     # As with DIB, what cannot be removed or emptied (an immutable file) stays.
-    if [[ -d $root/tmp ]]; then
+    if [[ -n $clean_tmp && -d $root/tmp ]]; then
         find "$root/tmp" -mindepth 1 -maxdepth 1 -exec rm -rf --one-file-system {} \; || true
     fi
-    if [[ -d $root/var/log ]]; then
+    if [[ -n $clean_logs && -d $root/var/log ]]; then
         find "$root/var/log" -type f -exec truncate -s 0 {} \; || true
     fi
-    if [[ -d $root/root ]]; then
+    if [[ -n $clean_logs && -d $root/root ]]; then
         find "$root/root" -name '*.log' -type f -delete || true
     fi
     unmount_below "$root" "$@"
