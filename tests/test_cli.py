@@ -81,6 +81,7 @@ OPTIONS = [
     (["--smp", "4"], "cpus", 4),
     (["--no-network"], "network", False),
     (["--no-network", "--network"], "network", True),
+    (["--no-host-certificates"], "host_certificates", False),
     (["--root-label", "root"], "root_label", "root"),
     (["--root-label", "x" * 12, "--fs-type", "xfs"], "root_label", "x" * 12),
     *((["--fs-type", name], "fs_type", name) for name in ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")),
@@ -271,7 +272,7 @@ BAD_VALUES = [
     (["--name", "missing/d"], "cannot write 'missing/d': 'missing' is not a directory"),
     (["--name", "a\0/d"], "cannot write 'a\0/d': 'a\0' is not a directory"),
     (["-u", "--quiet=yes"], "option '--quiet' takes no value, not 'yes'"),
-    (["--no"], "option '--no' could be any of --no-delete-on-failure, --no-network"),
+    (["--no-"], "option '--no-' could be any of --no-delete-on-failure, --no-network, --no-host-certificates"),
 ]  # fmt: skip
 
 

@@ -186,6 +186,8 @@ class _Build:
             self._monitor.warning(f"only {layout.OUTPUT_IMAGE} becomes an output; built and thrown away: {names}")
         self._tell_mode()
         self._warn_of_phases()
+        for warning in plan.warnings:
+            self._monitor.warning(warning)
         verdict = kvm.choose(wanted=self._options.kvm, kernel=None, cache_dir=supermin.cache_dir())
         in_sandbox = self._choose_sandbox(verdict)
         if plan.image_cache is not None:

@@ -136,6 +136,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         memory_mib=values.take(lambda: _number("memory_mib", given.memory), None),
         cpus=values.take(lambda: _number("cpus", given.cpus), None),
         network=given.network,
+        host_certificates=given.host_certificates,
         root_label=root_label if fs_type else None,
         fs_type=fs_type or _DEFAULT_FS_TYPE,
         mkfs_options=given.mkfs_options or "",

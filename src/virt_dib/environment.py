@@ -39,6 +39,10 @@ RUNNER_BIN = f"{GUEST}/bin"
 """Where sudo is when extra-data.d runs on the host."""
 LIBRARY = f"{SITE}/diskimage_builder/lib"
 PARAMS = f"{BUILD_DIR}/block-device/params.yaml"
+CERTIFICATES = f"{GUEST}/host-certificates.crt"
+"""Those of the host, if the build has any."""
+_CERTIFICATES_INSIDE = "/tmp/in_target.d/virt-dib-certificates"  # noqa: S108 - a mount of the runner's in the image
+"""Made by ``guest/with-hooks.sh``: they, with the image's own, and settings that name them."""
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PYTHON = "/usr/bin/python3"
@@ -94,6 +98,8 @@ class Facts:
     """The environment of virt-dib, for extra-data.d."""
     on_host: OnHost | None = None
     """Where extra-data.d runs on the host."""
+    certificates: str | None = None
+    """The file of the host whose CA certificates the scripts trust; None: only those of the image."""
     image_size_kib: int | None = None
     image_block_device: str | None = None
     image_whole_device: str | None = None
@@ -179,6 +185,42 @@ def _path(facts: Facts, phase: Phase) -> str:
     return f"{'$PATH' if facts.rules.literal_path else outside}:{SYSTEM_PATH}"
 
 
+def _certificates(name: str) -> _Variable:
+    """A variable that names a file of certificates. extra-data.d has it where the host has."""
+
+    def value(facts: Facts, phase: Phase) -> str | None:
+        if facts.certificates is None:
+            return None
+        if phase.where is Where.CHROOT:
+            return f"{_CERTIFICATES_INSIDE}/ca-bundle.crt"
+        return CERTIFICATES if phase is Phase.EXTRA_DATA and name in facts.host_environment else None
+
+    return _Variable(name, value, user_wins=True)
+
+
+def _certificates_setting(name: str, file: str) -> _Variable:
+    """A variable that names a file of settings, for a program that takes certificates only so."""
+
+    def value(facts: Facts, phase: Phase) -> str | None:
+        inside = facts.certificates is not None and phase.where is Where.CHROOT
+        return f"{_CERTIFICATES_INSIDE}/{file}" if inside else None
+
+    return _Variable(name, value, user_wins=True)
+
+
+_CERTIFICATE_VARIABLES = (
+    _certificates("SSL_CERT_FILE"),
+    _certificates("CURL_CA_BUNDLE"),
+    _certificates("GIT_SSL_CAINFO"),
+    _certificates("PIP_CERT"),
+    _certificates("REQUESTS_CA_BUNDLE"),
+    _certificates("NODE_EXTRA_CA_CERTS"),
+    _certificates_setting("APT_CONFIG", "apt.conf"),
+    _certificates_setting("SYSTEM_WGETRC", "wgetrc"),
+)
+"""Not in the contract: docs/network.md."""
+_CERTIFICATE_NAMES = frozenset(variable.name for variable in _CERTIFICATE_VARIABLES)
+
 _TABLE: tuple[_Variable, ...] = (
     _Variable("HOME", _home),
     _Variable("PATH", _path),
@@ -239,6 +281,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
     _Variable("DOCKER_TARGET", lambda facts, _: facts.spec.docker_target),
     _Variable("COMPRESS_IMAGE", lambda facts, _: None if facts.spec.compress else ""),
+    *_CERTIFICATE_VARIABLES,
 )
 
 _DIE = 'die() { local exitcode=$?; set +o xtrace; echo "$@"; exit $exitcode; }\n'
@@ -247,13 +290,15 @@ _OF_THE_HOST_ONLY = re.compile(
     r"""PATH|HOME|PWD|OLDPWD|SHLVL|_|TMP|TEMP|TMPDIR|SHELL|USER|LOGNAME|MAIL|HOSTNAME|TERM.*|DISPLAY|BASH.*|ENV|IFS
     |CDPATH|PS[0-9]|LANG|LANGUAGE|LC_.*|LD_.*|PYTHON.*|VIRTUAL_ENV.*|CONDA.*|PYENV.*|XDG_.*|DBUS_.*|SSH_.*|GPG_.*
     |XAUTHORITY|WAYLAND.*|SUDO_.*|SYSTEMD_.*|INVOCATION_ID|JOURNAL_STREAM|NOTIFY_SOCKET|LIBGUESTFS_.*|SUPERMIN.*
-    |VIRT_DIB_.*|MAKE.*|MFLAGS""",
+    |VIRT_DIB_.*|MAKE.*|MFLAGS|SSL_CERT_DIR|GIT_SSL_CAPATH""",
     re.VERBOSE,
 )
 """Variables that mean something only on the host: places, sockets, sessions, loaders."""
 
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY", "NO_PROXY")
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_USERS_OWN = frozenset({"HOME", "PATH", "USER", "LOGNAME", "SHELL", "TERM"})
+_USERS_OWN = frozenset({"HOME", "PATH", "USER", "LOGNAME", "SHELL", "TERM"}) | _CERTIFICATE_NAMES
 """What extra-data.d has from the host when it runs there."""
 
 
@@ -270,6 +315,10 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
     elif phase is Phase.EXTRA_DATA:
         variables.update(from_host(facts.host_environment))
     variables.update(facts.spec.variables)
+    for name in _PROXIES:
+        # apt, wget and, of http_proxy, curl and git know the lower case only.
+        if name in variables:
+            variables.setdefault(name.lower(), variables[name])
     for variable in _TABLE:
         if on_host is not None and variable.name in _USERS_OWN:
             continue

@@ -154,6 +154,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option(
             ("--no-network",), "network", Takes.REFUSAL, None, "scripts have no network, and DIB_OFFLINE is 1"
         ),
+        Option(
+            ("--no-host-certificates",), "host_certificates", Takes.REFUSAL, None,
+            "scripts in the image trust only its own CA certificates, not those of this host besides",
+        ),
         _value(
             "--kvm", "kvm", "WHEN",
             f"use KVM: 'auto' when it works (default), 'on', or 'off' to emulate; {KVM_VARIABLE} sets the default",
@@ -270,6 +274,7 @@ class Given:
     memory: str | None = None
     cpus: str | None = None
     network: bool = True
+    host_certificates: bool = True
     drive: str | None = None
     drive_format: str | None = None
     image_cache: str | None = None

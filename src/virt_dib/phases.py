@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from virt_dib import environment as contract
+from virt_dib import online
 from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
 from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
@@ -20,6 +21,8 @@ from virt_dib.spec import Phase, Where
 GUEST_SCRIPTS = f"{contract.GUEST}/guest"
 LAST_LINES = 10
 """How much of a script's output an error shows."""
+_READ_LINES = 40
+"""How much is searched for the reason: apt and pip try again, and say more after it."""
 
 _RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _MOST_RESULTS = 10_000
@@ -45,7 +48,7 @@ class Phases:
         hooks = variables["TMP_HOOKS_PATH"]
         if not place.is_directory(f"{hooks}/{phase.directory}"):
             return
-        scripts = _PhaseScripts(phase, self._owners, self.monitor)
+        scripts = _PhaseScripts(phase, facts, self._owners, self.monitor)
         if phase.where is Where.CHROOT:
             command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, hooks, phase.directory]
             cwd = "/"
@@ -82,6 +85,10 @@ class Phases:
         """For hints: where the output of the script or step at work is."""
         return _where(self.monitor)
 
+    def advice(self, facts: Facts, where: Where) -> str:
+        """The hint for a script that failed."""
+        return _advice(self.monitor, facts, where)
+
     def _finished(self, title: str, begun: float, scripts: list[ScriptResult]) -> None:
         result = PhaseResult(title=title, seconds=time.monotonic() - begun, scripts=tuple(scripts))
         self.results.append(result)
@@ -96,8 +103,9 @@ def guest_script(place: Place, script: str, *arguments: str) -> JobResult:
 class _PhaseScripts:
     """Follows the events of one phase, and turns its end into results or an error."""
 
-    def __init__(self, phase: Phase, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
+    def __init__(self, phase: Phase, facts: Facts, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
         self._phase = phase
+        self._facts = facts
         self._owners = owners
         self._monitor = monitor
         self._listed = False
@@ -152,13 +160,10 @@ class _PhaseScripts:
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
-        details = self._monitor.tail(LAST_LINES)
-        missing = tools_not_found(details) if self._phase.where is Where.OUTSIDE else []
-        advice = "".join(f"{problem.message}; {problem.hint}; " for problem in missing)
         raise ScriptError(
             f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
-            hint=advice + _where(self._monitor),
-            details=details,
+            hint=_advice(self._monitor, self._facts, self._phase.where),
+            details=self._monitor.tail(LAST_LINES),
         )
 
 
@@ -169,6 +174,15 @@ def _seconds(text: str) -> float:
     except ValueError:
         return 0.0
     return seconds if math.isfinite(seconds) else 0.0
+
+
+def _advice(monitor: BuildMonitor, facts: Facts, where: Where) -> str:
+    """What to do about the script that failed, as far as its last output tells; and where all of that is."""
+    lines = monitor.tail(_READ_LINES)
+    missing = tools_not_found(lines[-LAST_LINES:]) if where is Where.OUTSIDE else []
+    found = [f"{problem.message}; {problem.hint}" for problem in missing]
+    network = online.advice(lines, facts)
+    return "; ".join([*found, *([network] if network else []), _where(monitor)])
 
 
 def _where(monitor: BuildMonitor) -> str:

@@ -24,6 +24,7 @@ from virt_dib import (
     hooks,
     image_cache,
     layout,
+    online,
     prerequisites,
     releases,
     sandbox,
@@ -72,6 +73,7 @@ class BuildPlan:
     facts: contract.Facts
     memory_mib: int
     cpus: int
+    warnings: Sequence[str] = ()
 
 
 def make_plan(
@@ -104,6 +106,7 @@ def make_plan(
 def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> BuildPlan:
     found.tell(lambda: check_spec(spec))
     found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
+    found.tell(lambda: _check_proxies(spec))
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
     found.tell(lambda: _check_directory(spec.output_dir))
@@ -131,6 +134,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0, rules))
         found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype, rules))
     host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
+    certificates = found.tell(lambda: online.host_certificates(environ)) if _trusts_host(spec) else None
     found.stop()
     if tree is None or disk is None or host_files is None:
         raise AssertionError
@@ -139,6 +143,8 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     if not installation.in_package:
         own_elements = f"{contract.GUEST}/elements/{len(search_path) - 1}"
         staging.add_prefix(installation.library_dir, installation.programs, own_elements)
+    if certificates is not None:
+        staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
     on_host = None
     if spec.extra_data is ExtraData.HOST:
         on_host = extra_data.find_on_host(
@@ -171,9 +177,11 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
             python=_guest_python(installation.python),
             root_uuid=str(uuid.uuid4()),
             on_host=on_host,
+            certificates=None if certificates is None else str(certificates.source),
         ),
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
         cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
+        warnings=_warnings(spec, staging, environ),
     )
 
 
@@ -257,6 +265,29 @@ def _check_cache(spec: BuildSpec, environ: Mapping[str, str]) -> None:
             hint="leave out --envvar DIB_IMAGE_CACHE: with --image-cache the elements find the cache anyway",
         )
     image_cache.check(spec.image_cache, _home(environ))
+
+
+def _check_proxies(spec: BuildSpec) -> None:
+    """Refuse proxies that would keep every script from the network.
+
+    Raises:
+        UsageError: all of them.
+    """
+    problems = list(online.proxy_problems(spec.variables)) if spec.network else []
+    if problems:
+        raise UsageError.of(problems)
+
+
+def _trusts_host(spec: BuildSpec) -> bool:
+    return spec.network and spec.host_certificates
+
+
+def _warnings(spec: BuildSpec, staging: Staging, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """In the guest, extra-data.d alone sees the host's own proxies, unless the elements are given others."""
+    if not spec.network or spec.extra_data is ExtraData.HOST or not (staging.hooks_dir / Phase.EXTRA_DATA.directory).is_dir():
+        return ()
+    seen = {name: value for name, value in environ.items() if name not in spec.variables}
+    return tuple(f"extra-data.d: {problem.message}" for problem in online.proxy_problems(seen))
 
 
 def _type(path: Path) -> int | None:

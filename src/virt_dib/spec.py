@@ -132,6 +132,8 @@ class BuildSpec:
     cpus: int | None = None
     """None: the processors of this host, at most eight."""
     network: bool = True
+    host_certificates: bool = True
+    """Scripts trust the CA certificates of this host, while the build lasts."""
     root_label: str | None = None
     fs_type: str = "ext4"
     mkfs_options: str = ""

@@ -14,7 +14,7 @@ from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place, Runner
 from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script
 from virt_dib.plan import BuildPlan
-from virt_dib.spec import TREE_PHASES, Phase
+from virt_dib.spec import TREE_PHASES, Phase, Where
 
 CACHE_STEP = "keeping what is cached"
 """What the report shows besides the phases, with an image cache."""
@@ -127,7 +127,7 @@ def _install_packages(plan: BuildPlan, phases: Phases, place: Place) -> None:
     packages = plan.spec.extra_packages
     with phases.step("extra packages"):
         result = place.run(
-            [f"{contract.GUEST}/guest/chroot-command.sh", contract.TREE, "install-packages", *packages],
+            [f"{contract.GUEST}/guest/chroot-command.sh", contract.TREE, contract.HOOKS, "install-packages", *packages],
             contract.for_phase(plan.facts, Phase.INSTALL),
             "/",
             on_output=phases.monitor.output,
@@ -136,7 +136,8 @@ def _install_packages(plan: BuildPlan, phases: Phases, place: Place) -> None:
             raise ScriptError(
                 f"installing the extra packages {', '.join(packages)}: install-packages failed with exit status "
                 f"{result.exit_status}",
-                hint=f"an element must provide install-packages, and the packages must exist; {phases.where()}",
+                hint="an element must provide install-packages, and the packages must exist; "
+                + phases.advice(plan.facts, Where.CHROOT),
                 details=phases.monitor.tail(LAST_LINES),
             )
 

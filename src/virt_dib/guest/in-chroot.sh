@@ -24,14 +24,5 @@ cp "$here/run-phase.sh" "$hooks/virt-dib-run-phase"
 if [[ -n ${_LIB:-} && -f ${_LIB:-}/dib-run-parts ]]; then
     cp "$_LIB/dib-run-parts" "$hooks/"
 fi
-mkdir "$root/tmp/in_target.d"
-mount --bind "$hooks" "$root/tmp/in_target.d"
-mount -o remount,ro,bind "$hooks" "$root/tmp/in_target.d"
-
-status=0
-chroot "$root" /bin/bash /tmp/in_target.d/virt-dib-run-phase "/tmp/in_target.d/$phase" "$token" || status=$?
-
-# A process the phase left behind may still have a file open there.
-umount "$root/tmp/in_target.d" 2>/dev/null || umount -l "$root/tmp/in_target.d"
-rmdir "$root/tmp/in_target.d"
-exit "$status"
+exec "$here/with-hooks.sh" "$root" "$hooks" \
+    /bin/bash /tmp/in_target.d/virt-dib-run-phase "/tmp/in_target.d/$phase" "$token"
