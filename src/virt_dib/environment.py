@@ -315,14 +315,12 @@ def for_phase(facts: Facts, phase: Phase) -> dict[str, str]:
     elif phase is Phase.EXTRA_DATA:
         variables.update(from_host(facts.host_environment))
     variables.update(facts.spec.variables)
-    for name in _PROXIES:
-        # apt, wget and, of http_proxy, curl and git know the lower case only.
-        if name in variables:
-            variables.setdefault(name.lower(), variables[name])
+    variables = _lower_case_proxies(variables) | variables
+    theirs = _USERS_OWN if on_host is not None else frozenset()
     for variable in _TABLE:
-        if on_host is not None and variable.name in _USERS_OWN:
+        if variable.name in theirs or variable.name in facts.rules.absent:
             continue
-        if variable.name in facts.rules.absent or (variable.user_wins and variable.name in facts.spec.variables):
+        if variable.user_wins and variable.name in facts.spec.variables:
             continue
         value = variable.value(facts, phase)
         if value is not None:
@@ -390,6 +388,11 @@ def functions(facts: Facts, phase: Phase) -> str:
         '_ps4() { printf "%-80s " "${BASH_SOURCE[1]-}:${BASH_LINENO[0]}:${FUNCNAME[1]-}"; }\n'
         "export -f die get_image_element_array _ps4\n"
     )
+
+
+def _lower_case_proxies(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of the proxies in upper case: apt, wget and, of http_proxy, curl and git know the lower case only."""
+    return {name.lower(): variables[name] for name in _PROXIES if name in variables}
 
 
 def exports(variables: Mapping[str, str]) -> str:

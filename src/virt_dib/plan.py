@@ -284,7 +284,11 @@ def _trusts_host(spec: BuildSpec) -> bool:
 
 def _warnings(spec: BuildSpec, staging: Staging, environ: Mapping[str, str]) -> tuple[str, ...]:
     """In the guest, extra-data.d alone sees the host's own proxies, unless the elements are given others."""
-    if not spec.network or spec.extra_data is ExtraData.HOST or not (staging.hooks_dir / Phase.EXTRA_DATA.directory).is_dir():
+    if (
+        not spec.network
+        or spec.extra_data is ExtraData.HOST
+        or not (staging.hooks_dir / Phase.EXTRA_DATA.directory).is_dir()
+    ):
         return ()
     seen = {name: value for name, value in environ.items() if name not in spec.variables}
     return tuple(f"extra-data.d: {problem.message}" for problem in online.proxy_problems(seen))
