@@ -4,7 +4,7 @@
 Names that are not here may change with any release.
 """
 
-from virt_dib.boot import BootResult, Firmware, boot_test
+from virt_dib.boot import BootResult, Firmware, boot_kernel, boot_test
 from virt_dib.builder import ImagePlan, RunOptions, build_image, plan_image
 from virt_dib.errors import (
     ApplianceError,
@@ -86,6 +86,7 @@ __all__ = [
     "UsageError",
     "VirtDibError",
     "Warned",
+    "boot_kernel",
     "boot_test",
     "build_image",
     "check_host",
