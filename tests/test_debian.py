@@ -53,14 +53,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("isolation", "layout"),
-    [
-        # The one of these that continuous integration has the time for.
-        pytest.param("sandbox", "mbr", marks=pytest.mark.appliance),
-        *(pair for pair in itertools.product(("sandbox", "vm"), LAYOUTS) if pair != ("sandbox", "mbr")),
-    ],
-)
+@pytest.mark.parametrize(("isolation", "layout"), list(itertools.product(("sandbox", "vm"), LAYOUTS)))
 def test_debian_builds_and_boots(isolation: str, layout: str) -> None:
     with tempfile.TemporaryDirectory(prefix="virt-dib-test-", dir="/var/tmp") as name:
         build_and_boot(Path(name), isolation, *LAYOUTS[layout])

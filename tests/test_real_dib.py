@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from helpers import BUILD_TIMEOUT_S, ODD_VARIABLES, Run
-from test_contract import OF_BASH, environment, mounts, nodes
+from test_contract import CERTIFICATE_VARIABLES, OF_BASH, environment, mounts, nodes
 from virt_dib import tools
 from virt_dib.spec import Phase, Where
 
@@ -35,6 +35,7 @@ NOT_COMPARED = {
     "SUDO_USER": "of sudo itself",
     "LOGNAME": "set by sudo inside, by us everywhere",
     "SHELL": "set by sudo inside, by us everywhere",
+    **dict.fromkeys(CERTIFICATE_VARIABLES, "the host's CA certificates"),
     "PATH": "of the host outside; inside compared with the contract",
     "IMAGE_ELEMENT": "in random order with DIB",
     "HOST_SECRET": "extra-data.d sees the host's environment",

@@ -22,7 +22,7 @@ from test_contract import answer, environment, mounts
 from test_layouts import kind, table
 from virt_dib.spec import Phase
 
-ORDINARY = [("1.28.0", "sandbox"), ("2.38.0", "sandbox")]
+ORDINARY = [("1.28.0", "sandbox")]
 BY_PYTHON = "2.38.0"
 """This one is found by --python, the others by -B and -p."""
 MARKED = [
