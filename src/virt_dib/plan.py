@@ -103,7 +103,72 @@ def make_plan(
         return _decide(spec, workspace, found, environ)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Choice:
+    """What is to be built, of what is on this host."""
+
+    dib: DibInstallation
+    search_path: Sequence[Path]
+    elements: Sequence[Element]
+    formats: Sequence[Format]
+    no_image: str | None
+    drive: Drive | None
+
+
 def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> BuildPlan:
+    choice = _choice(spec, workspace, found, environ)
+    installation, chosen = choice.dib, choice.elements
+    staging = Staging(workspace / "staging")
+    tree = found.tell(lambda: hooks.compose(chosen, staging.hooks_dir, excluded_scripts=spec.excluded_scripts))
+    disk = _layout(spec, choice, workspace, found)
+    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
+    certificates = found.tell(lambda: online.host_certificates(environ)) if _trusts_host(spec) else None
+    found.stop()
+    if tree is None or disk is None or host_files is None:
+        raise AssertionError
+    found.tell(lambda: _check_python_scripts(tree))
+    _fill(staging, choice, disk)
+    if certificates is not None:
+        staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
+    on_host = _on_host(spec, choice, environ, workspace)
+    places = staging.add_elements(chosen, choice.search_path)
+    for file in host_files:
+        found.tell(functools.partial(staging.add_host_file, file))
+    found.stop()
+    facts = contract.Facts(
+        spec=spec,
+        elements=chosen,
+        element_dirs=places,
+        elements_path=_guest_search_path(len(choice.search_path), places),
+        block_devices=disk.block_devices,
+        host_environment=environ,
+        rules=installation.rules,
+        library=contract.LIBRARY if installation.in_package else f"{contract.PREFIX}/lib",
+        python=_guest_python(installation.python),
+        root_uuid=str(uuid.uuid4()),
+        on_host=on_host,
+        certificates=None if certificates is None else str(certificates.source),
+    )
+    return BuildPlan(
+        spec=spec,
+        dib=installation,
+        elements=chosen,
+        hooks=tree,
+        layout=disk,
+        formats=choice.formats,
+        no_image=choice.no_image,
+        staging=staging,
+        drive=choice.drive,
+        image_cache=_image_cache(spec, workspace),
+        facts=facts,
+        memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
+        cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
+        warnings=_warnings(spec, staging, environ),
+    )
+
+
+def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> _Choice:
+    """Look at everything that does not need the others to be right."""
     found.tell(lambda: check_spec(spec))
     found.tell(lambda: check_label(spec.root_label, spec.fs_type) if spec.root_label is not None else None)
     found.tell(lambda: _check_proxies(spec))
@@ -126,62 +191,36 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.stop()
     if chosen is None or installation is None or outputs is None:
         raise AssertionError
-    staging = Staging(workspace / "staging")
-    tree = found.tell(lambda: hooks.compose(chosen, staging.hooks_dir, excluded_scripts=spec.excluded_scripts))
-    disk = found.tell(lambda: layout.prepare(spec, chosen, installation, workspace / "block-device"))
-    if disk is not None:
-        # The numbers in variables are looked at now, not after an hour.
-        found.tell(lambda: layout.image_size_kib(spec, chosen, disk.block_devices.root_fstype, 0, rules))
-        found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype, rules))
-    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
-    certificates = found.tell(lambda: online.host_certificates(environ)) if _trusts_host(spec) else None
-    found.stop()
-    if tree is None or disk is None or host_files is None:
-        raise AssertionError
-    found.tell(lambda: _check_python_scripts(tree))
-    _fill(staging, installation, disk)
-    if not installation.in_package:
-        own_elements = f"{contract.GUEST}/elements/{len(search_path) - 1}"
-        staging.add_prefix(installation.library_dir, installation.programs, own_elements)
-    if certificates is not None:
-        staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
-    on_host = None
-    if spec.extra_data is ExtraData.HOST:
-        on_host = extra_data.find_on_host(
-            spec, installation, chosen, search_path=search_path, environ=environ, workspace=workspace
-        )
-    places = staging.add_elements(chosen, search_path)
-    for file in host_files:
-        found.tell(functools.partial(staging.add_host_file, file))
-    found.stop()
-    return BuildPlan(
-        spec=spec,
+    return _Choice(
         dib=installation,
+        search_path=search_path,
         elements=chosen,
-        hooks=tree,
-        layout=disk,
         formats=outputs,
         no_image=no_image,
-        staging=staging,
         drive=helper,
-        image_cache=_image_cache(spec, workspace),
-        facts=contract.Facts(
-            spec=spec,
-            elements=chosen,
-            element_dirs=places,
-            elements_path=_guest_search_path(len(search_path), places),
-            block_devices=disk.block_devices,
-            host_environment=environ,
-            rules=rules,
-            library=contract.LIBRARY if installation.in_package else f"{contract.PREFIX}/lib",
-            python=_guest_python(installation.python),
-            root_uuid=str(uuid.uuid4()),
-            on_host=on_host,
-            certificates=None if certificates is None else str(certificates.source),
-        ),
-        memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
-        cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
-        warnings=_warnings(spec, staging, environ),
+    )
+
+
+def _layout(spec: BuildSpec, choice: _Choice, workspace: Path, found: _Findings) -> Layout | None:
+    rules = choice.dib.rules
+    disk = found.tell(lambda: layout.prepare(spec, choice.elements, choice.dib, workspace / "block-device"))
+    if disk is not None:
+        # The numbers in variables are looked at now, not after an hour.
+        found.tell(lambda: layout.image_size_kib(spec, choice.elements, disk.block_devices.root_fstype, 0, rules))
+        found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype, rules))
+    return disk
+
+
+def _on_host(spec: BuildSpec, choice: _Choice, environ: Mapping[str, str], workspace: Path) -> contract.OnHost | None:
+    if spec.extra_data is not ExtraData.HOST:
+        return None
+    return extra_data.find_on_host(
+        spec,
+        choice.dib,
+        choice.elements,
+        search_path=choice.search_path,
+        environ=environ,
+        workspace=workspace,
     )
 
 
@@ -320,8 +359,9 @@ def _no_image(spec: BuildSpec, chosen: Sequence[Element]) -> str | None:
     return next((f"element '{name}'" for name in _NO_IMAGE_ELEMENTS if name in names), None)
 
 
-def _fill(staging: Staging, installation: DibInstallation, disk: Layout) -> None:
+def _fill(staging: Staging, choice: _Choice, disk: Layout) -> None:
     """Gather what the guest needs whatever the elements are."""
+    installation = choice.dib
     staging.add_guest_scripts()
     system_python = Path("/usr/bin/python3")
     python = tools.require("python3", purpose="run diskimage-builder in the appliance", package="python3")
@@ -330,6 +370,9 @@ def _fill(staging: Staging, installation: DibInstallation, disk: Layout) -> None
     staging.write("build/block-device/params.yaml", layout.params_text(disk))
     staging.write("guest/rules.sh", guest_rules(installation.rules))
     staging.add_programs(installation.rules)
+    if not installation.in_package:
+        own_elements = f"{contract.GUEST}/elements/{len(choice.search_path) - 1}"
+        staging.add_prefix(installation.library_dir, installation.programs, own_elements)
 
 
 def _check_python_scripts(tree: HookTree) -> None:
