@@ -49,7 +49,7 @@ _ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 }
 _ERROR = ((0,), ("hint",))
 _NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
-_RETURNING = re.compile(r"line|.*hint.*")
+_RETURNING = re.compile(r"_line|.*hint.*")
 """Functions that return messages."""
 _CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)")
 """Constants that are or hold messages."""
@@ -87,7 +87,7 @@ class _Module:
                     yield from self._told(scope, node.value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                part = isinstance(scope, ast.FunctionDef) and scope.name == "line"
+                part = isinstance(scope, ast.FunctionDef) and scope.name == "_line"
                 if isinstance(target, ast.Name) and (part or _CONSTANTS.fullmatch(target.id)):
                     held = {ast.Dict: "keys", ast.Tuple: "elts"}.get(type(node.value))
                     for value in getattr(node.value, held) if held else [node.value]:
@@ -211,5 +211,5 @@ def compile_all(locale_dir: Path) -> None:
 if __name__ == "__main__":
     for changed in update():
         untranslated = [message.id for message in read(changed) if message.id and not message.string]
-        print(f"{changed.name}: {len(untranslated)} messages without a translation")  # noqa: T201
+        print(f"{changed.name}: {len(untranslated)} messages without a translation")  # noqa: T201 - a script that prints
     compile_all(PACKAGE_DIR / "locale")

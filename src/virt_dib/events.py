@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens in a build, as it happens: told to a listener, and and as a line for people.
+"""What happens in a build, as it happens: told to a listener, and as a line for people.
 
 Names and texts in events may hold whatever the guest said; who shows them makes them harmless first.
 docs/machine-readable.md has them as JSON.
@@ -34,6 +34,9 @@ class Event:
     @property
     def line(self) -> str | None:
         """What there is to say about it, for people; None for output, which speaks for itself."""
+        return self._line()
+
+    def _line(self) -> str | None:
         return None
 
 
@@ -47,9 +50,7 @@ class BuildStarted(Event):
     """As asked for, without those they depend on."""
     formats: tuple[str, ...]
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"building {self.name}: {', '.join(self.elements)}"
 
 
@@ -63,9 +64,7 @@ class BuildPlanned(Event):
     total: int
     """How many phases and steps there will be, about."""
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"{len(self.elements)} elements, about {self.total} phases and steps"
 
 
@@ -75,9 +74,7 @@ class Message(Event):
 
     text: str
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return self.text
 
 
@@ -87,9 +84,7 @@ class Warned(Event):
 
     text: str
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"warning: {self.text}"
 
 
@@ -99,9 +94,7 @@ class Debugged(Event):
 
     text: str
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return self.text
 
 
@@ -121,9 +114,7 @@ class PhaseStarted(Event):
     log_line: int
     """Where its output begins in the log, from 1."""
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return self.title
 
 
@@ -140,9 +131,7 @@ class ScriptStarted(Event):
     total: int
     log_line: int
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"{self.phase}/{self.name}"
 
 
@@ -173,9 +162,7 @@ class ScriptFinished(Event):
         """``SIGKILL`` and the like when the status is that of a signal."""
         return signal_name(self.exit_status)
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         how = "done" if self.exit_status == 0 else f"failed with exit status {self.exit_status}"
         if self.signal:
             how = f"{how} ({self.signal})"
@@ -191,9 +178,7 @@ class PhaseFinished(Event):
     total: int
     seconds: float
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"{self.title} done after {self.seconds:.1f} s"
 
 
@@ -203,9 +188,7 @@ class ArtifactMade(Event):
 
     artifact: Artifact
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"made {self.artifact.path}"
 
 
@@ -218,9 +201,7 @@ class ErrorFound(Event):
     details: tuple[str, ...]
     """The last output of what failed, made harmless."""
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"error: {self.text}"
 
 
@@ -232,9 +213,7 @@ class BuildFinished(Event):
     artifacts: tuple[Artifact, ...]
     seconds: float
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return f"built {self.name} in {self.seconds:.1f} s"
 
 
@@ -257,9 +236,7 @@ class BuildFailed(Event):
     """Where the output of that script or step begins in the log."""
     seconds: float
 
-    @property
-    def line(self) -> str:
-        """What there is to say about it."""
+    def _line(self) -> str:
         return "interrupted" if self.interrupted else f"building {self.name} failed after {self.seconds:.1f} s"
 
 

@@ -13,7 +13,7 @@ import pwd
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from virt_dib.elements import Element
 from virt_dib.environment import Facts, OnHost
 from virt_dib.errors import ApplianceError, Problem, ToolError, UsageError
 from virt_dib.interrupts import shielded
-from virt_dib.jobs import Event, JobResult, Tail, job_text
+from virt_dib.jobs import JobResult, Tail, job_text
 from virt_dib.namespaces import PROCESS_ENVIRONMENT, Ids, Inside, find_ids, inside_namespace
 from virt_dib.spec import BuildSpec
 from virt_dib.staging import Staging
@@ -214,30 +214,6 @@ def _copy_readable(source: Path, target: Path) -> None:
 # ---- running ----
 
 
-class HostRunner:
-    """Runs scripts on the host. Made by :func:`open_host`."""
-
-    def __init__(self, inside: Inside) -> None:
-        self._inside = inside
-
-    def run(
-        self,
-        command: Sequence[str],
-        variables: Mapping[str, str],
-        cwd: str,
-        *,
-        functions: str = "",
-        on_output: Callable[[bytes], None] | None = None,
-        on_event: Callable[[Event], None] | None = None,
-    ) -> JobResult:
-        """Run *command* as :meth:`virt_dib.jobs.Runner.run` has it."""
-        return self._inside.run(command, variables, cwd, functions=functions, on_output=on_output, on_event=on_event)
-
-    def is_directory(self, path: str) -> bool:
-        """Whether *path* is a directory."""
-        return self.run(["test", "-d", path], PROCESS_ENVIRONMENT, "/").exit_status == 0
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
     """The tree and the hooks."""
@@ -250,7 +226,7 @@ class Content:
 
 
 @contextlib.contextmanager
-def open_host(host: Host, content: Content) -> Iterator[HostRunner]:
+def open_host(host: Host, content: Content) -> Iterator[Inside]:
     """The host, to run scripts over *content*.
 
     At the end everything that was started has ended, and all files have the owners they are to have.
@@ -260,7 +236,7 @@ def open_host(host: Host, content: Content) -> Iterator[HostRunner]:
     """
     try:
         with _first_process(host, content) as inside:
-            yield HostRunner(inside)
+            yield inside
     except BaseException:
         with shielded(), contextlib.suppress(ApplianceError, ToolError):
             _give_owners(host, content, "cache", [host.facts.image_cache])

@@ -336,6 +336,10 @@ class Inside:
             output(rest)
         return JobResult(exit_status=status, tail=tail.text())
 
+    def is_directory(self, path: str) -> bool:
+        """Whether *path* is a directory."""
+        return self.run(["test", "-d", path], PROCESS_ENVIRONMENT, "/").exit_status == 0
+
     def run_text(self, text: bytes, standard_input: int, on_output: Callable[[bytes], None]) -> int:
         """Run the bash *text* of a job; return its exit status.
 

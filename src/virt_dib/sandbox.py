@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -24,7 +24,7 @@ from virt_dib import environment as contract
 from virt_dib import staging, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
 from virt_dib.interrupts import shielded
-from virt_dib.jobs import Event, JobResult, Tail, job_text
+from virt_dib.jobs import JobResult, Tail, job_text
 from virt_dib.layout import Part
 from virt_dib.namespaces import (
     PROCESS_ENVIRONMENT,
@@ -171,6 +171,8 @@ class Sandbox:
         inside.send(b"go")
         inside.expect("ready")
         self._inside = inside
+        # As jobs.Place has it.
+        self.run = inside.run
 
     def discard(self) -> None:
         """End everything inside and begin to remove its files, for which :meth:`close` waits.
@@ -205,22 +207,9 @@ class Sandbox:
 
     # ---- work ----
 
-    def run(
-        self,
-        command: Sequence[str],
-        variables: Mapping[str, str],
-        cwd: str,
-        *,
-        functions: str = "",
-        on_output: Callable[[bytes], None] | None = None,
-        on_event: Callable[[Event], None] | None = None,
-    ) -> JobResult:
-        """Run *command* as :meth:`virt_dib.jobs.Place.run` has it."""
-        return self._inside.run(command, variables, cwd, functions=functions, on_output=on_output, on_event=on_event)
-
     def is_directory(self, path: str) -> bool:
         """Whether *path*, below ``/dib``, is a directory."""
-        return self.run(["test", "-d", _in_build(path)], PROCESS_ENVIRONMENT, "/").exit_status == 0
+        return self._inside.is_directory(_in_build(path))
 
     def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
         """The beginning of the file *path*, below ``/dib``.

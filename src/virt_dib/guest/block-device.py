@@ -28,10 +28,10 @@ import dib_compat
 def check() -> None:
     """Build DIB's node graph from the configuration and throw it away."""
     import yaml  # noqa: PLC0415 - see load
-    from diskimage_builder.block_device import blockdevice  # noqa: PLC0415
+    from diskimage_builder.block_device import blockdevice  # noqa: PLC0415 - seconds, emulated
 
     try:
-        from diskimage_builder.block_device import config  # noqa: PLC0415
+        from diskimage_builder.block_device import config  # noqa: PLC0415 - as above
     except ImportError:
         config = None
     if not hasattr(config, "create_graph") or not hasattr(blockdevice, "BlockDeviceState"):
@@ -98,7 +98,7 @@ def perform(answers_path: str, commands: list[str]) -> str:
 def load() -> None:
     """Import DIB. Not at the top: a server first leaves the job that started it."""
     dib_compat.restore()
-    import diskimage_builder.block_device.cmd  # noqa: F401, PLC0415
+    import diskimage_builder.block_device.cmd  # noqa: F401, PLC0415 - imported ahead of its use
 
 
 def serve(directory: str, site: str) -> None:

@@ -48,7 +48,7 @@ virt_dib_event list ${virt_dib_scripts[@]+"${virt_dib_scripts[@]}"}
     if [[ -d $virt_dib_directory/../environment.d ]]; then
         while IFS= read -r virt_dib_name <&9; do
             set -o xtrace
-            # shellcheck disable=SC1090
+            # shellcheck disable=SC1090 # files of the elements
             source "$virt_dib_directory/../environment.d/$virt_dib_name"
             { set +o xtrace; } 2>/dev/null
         done 9< <(virt_dib_names "$virt_dib_directory/../environment.d" '^[0-9A-Za-z_.-]+$' -f | LC_ALL=C sort)

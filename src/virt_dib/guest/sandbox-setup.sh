@@ -29,15 +29,7 @@ for path in \
 done
 (cd "$host" && cp -r --parents --no-dereference --preserve=mode,timestamps "${wanted[@]}" /etc 2>/dev/null) || true
 
-# The programs out here trust what those of the host do.
-if [[ -e host-certificates.crt ]]; then
-    mkdir -p /etc/ssl/certs
-    for store in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
-        if [[ $store == */ca-certificates.crt || -f $store ]]; then
-            cat host-certificates.crt >"$store"
-        fi
-    done
-fi
+guest/trust-host.sh host-certificates.crt
 
 if [[ -e /usr/share/base-passwd/passwd.master ]]; then
     cp /usr/share/base-passwd/passwd.master /etc/passwd

@@ -54,15 +54,7 @@ install -D -m 755 guest/sudo.sh /usr/local/bin/sudo
 # What scripts of old releases expect.
 cp -P programs/. /usr/local/bin/ -r
 
-# The programs out here trust what those of the host do.
-if [[ -e host-certificates.crt ]]; then
-    mkdir -p /etc/ssl/certs
-    for store in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
-        if [[ $store == */ca-certificates.crt || -f $store ]]; then
-            cat host-certificates.crt >"$store"
-        fi
-    done
-fi
+guest/trust-host.sh host-certificates.crt
 
 # DIB's Python modules, for every python3 of the appliance.
 for packages in /usr/lib/python3/dist-packages /usr/lib/python3*/site-packages; do
