@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A partitioned image from each release of DIB, looked into without mounting it, and what its scripts saw.
 
-Written from contract sections 1.5 and 2. Two releases in the sandbox are built by ``make test``, all of them in both
-isolations by ``make test-full``.
+Written from contract sections 1.5 and 2. One release in the sandbox is built by ``make test``, the others, in both
+isolations, by ``make test-full``.
 """
 
 from __future__ import annotations
