@@ -10,6 +10,6 @@ ROOT = Path(__file__).parent
 # Neither is there when a front end such as pip builds the package in an environment of its own.
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from generate import share  # noqa: E402
+from generate import share  # noqa: E402 - found only with the path above
 
 setup(data_files=[(directory, files) for directory, files in share.make(Path("build/share")).items()])

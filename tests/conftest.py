@@ -37,7 +37,7 @@ def pytest_configure() -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Turn a skipped appliance test into a failed one where CI is set."""
     outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
+    report = outcome.get_result()  # type: ignore[attr-defined] # pluggy tells no type
     marked = item.get_closest_marker("appliance") and not item.get_closest_marker("needs_root")
     if report.skipped and os.environ.get("CI") and marked:
         report.outcome = "failed"

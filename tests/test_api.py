@@ -122,7 +122,7 @@ def test_values_that_no_command_line_lets_through(change: dict[str, object], mes
     good = api.BuildSpec(name="x", output_dir=Path(), elements=("tiny-os",))
     check_spec(good)
     with pytest.raises(api.UsageError, match=re.escape(message)):
-        check_spec(dataclasses.replace(good, **change))  # type: ignore[arg-type]
+        check_spec(dataclasses.replace(good, **change))  # type: ignore[arg-type] # fields by name
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_values_that_no_command_line_lets_through(change: dict[str, object], mes
 def test_a_nul_anywhere_is_an_error(change: dict[str, object], tmp_path: Path) -> None:
     spec = api.BuildSpec(name="x", output_dir=tmp_path, elements=("tiny-os",))
     with pytest.raises(api.UsageError, match="there is a NUL in it"):
-        api.plan_image(dataclasses.replace(spec, **change))  # type: ignore[arg-type]
+        api.plan_image(dataclasses.replace(spec, **change))  # type: ignore[arg-type] # fields by name
 
 
 def test_no_elements_is_an_error_as_with_the_command(tmp_path: Path) -> None:

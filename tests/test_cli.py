@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -221,7 +222,7 @@ def test_architecture_is_named_as_debian_does(machine: str, arch: str, monkeypat
 
 def test_help_has_every_option_of_the_manual_and_only_what_is_read() -> None:
     text = build_parser().format_help()
-    words = set(text.replace(",", " ").split())
+    words = set(re.split(r"[\s,\[]+", text))
     assert [option for option in [*MANUAL_OPTIONS, "--kvm"] if option not in words] == []
     assert all(name in text for name in [*formats.KNOWN, *LABEL_LIMITS])
 
@@ -269,8 +270,9 @@ BAD_VALUES = [
     (["--size", "--"], "cannot use '--' as the size of the image"),
     *((["--name", name], f"cannot use '{name}' as the name of the image")
       for name in ("", ".", "..", "-d", "--", "a/", "a\0b", "a\nb", "./..", "/")),
-    (["--name", "missing/d"], "cannot write 'missing/d': 'missing' is not a directory"),
-    (["--name", "a\0/d"], "cannot write 'a\0/d': 'a\0' is not a directory"),
+    (["--mkfs-options", "-L 'x"], "cannot use '-L 'x' as --mkfs-options: a quote or backslash in it has no end"),
+    (["--name", "missing/d"], "cannot write 'missing/d': 'missing' is not a directory, or you may not enter it"),
+    (["--name", "a\0/d"], "cannot write 'a\0/d': 'a\0' is not a directory, or you may not enter it"),
     (["-u", "--quiet=yes"], "option '--quiet' takes no value, not 'yes'"),
     (["--no-"], "option '--no-' could be any of --no-delete-on-failure, --no-network, --no-host-certificates"),
 ]  # fmt: skip
@@ -398,7 +400,7 @@ def test_no_command_line_ends_in_anything_but_problems(words: Sequence[str]) -> 
             2,
             "p: error: one\np: hint: do this\np: error: two\n",
         ),
-        (VirtDibError("\x1b[2Jnasty\r\x07", hint="a\nb"), 1, "p: error: nasty\n\np: hint: a\nb\n"),
+        (VirtDibError("\x1b[2Jnasty\r\x07", hint="a\nb"), 1, "p: error: nasty \np: hint: a b\n"),
         (Interrupted(), 130, "p: interrupted\n"),
         (KeyboardInterrupt(), 130, "p: interrupted\n"),
     ],
@@ -431,6 +433,23 @@ def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_wins_over_mistakes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     assert capsys.readouterr() == (build_parser().format_help(), "")
+
+
+def test_mistakes_beside_list_elements_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--list-elements", "--size", "x", "--wat"]) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert [line for line in errors.splitlines() if ": error: " in line] == [
+        "virt-dib: error: unknown option '--wat'",
+        "virt-dib: error: cannot use 'x' as the size of the image",
+    ]
+
+
+def test_a_wrong_docker_target_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(tmp_path / "d")
+    assert cli.main(["--formats", "docker", "--docker-target", "a:", "--name", name, "no-such-element"]) == 2
+    assert capsys.readouterr().err.count("docker target") == 1
+    assert "needs a repository" not in capsys.readouterr().err
 
 
 def test_two_mistakes_and_an_unknown_element_in_one_message(

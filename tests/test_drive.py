@@ -104,9 +104,9 @@ def test_what_is_no_disk_image(tmp_path: Path) -> None:
 def test_too_small(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.write_bytes(bytes(1 << 20))
-    assert refusal(small) == "it is too small: 1 MiB, at least 64 needed"
+    assert refusal(small) == "it is too small: 1 MiB, at least 64 MiB needed"
     tools.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "small.qcow2", "10M"], doing="making a drive")
-    assert refusal(tmp_path / "small.qcow2") == "it is too small: 10 MiB, at least 64 needed"
+    assert refusal(tmp_path / "small.qcow2") == "it is too small: 10 MiB, at least 64 MiB needed"
 
 
 @pytest.mark.parametrize("image_format", ["vmdk", "vdi", "vhdx", "qed", "parallels", "vpc"])

@@ -30,7 +30,7 @@ from virt_dib.spec import BuildSpec, check_docker_target, host_arch
 
 
 def asking(**changes: object) -> BuildSpec:
-    return BuildSpec(name="x", output_dir=Path(), elements=("one",), **changes)  # type: ignore[arg-type]
+    return BuildSpec(name="x", output_dir=Path(), elements=("one",), **changes)  # type: ignore[arg-type] # fields by name
 
 
 def check_options(names: Sequence[str], options: str, scratch: Path, **changes: object) -> None:

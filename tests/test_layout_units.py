@@ -33,7 +33,7 @@ def dib() -> DibInstallation:
 
 def spec_of(variables: Mapping[str, str], **more: object) -> BuildSpec:
     fields: dict[str, object] = {"name": "x", "output_dir": Path(), "elements": ("one",), "size_bytes": None}
-    return BuildSpec(**fields | more, variables=variables)  # type: ignore[arg-type]
+    return BuildSpec(**fields | more, variables=variables)  # type: ignore[arg-type] # fields by name
 
 
 def element_called(name: str) -> Element:

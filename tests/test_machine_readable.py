@@ -98,7 +98,7 @@ def test_whatever_is_named_how_the_line_is_one_valid_object_of_ascii(event: even
 def test_the_schema_and_these_tests_know_every_event() -> None:
     classes = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, events.Event)]
     kinds = set(classes) - {events.Event, events.Output}
-    covered = {strategy.wrapped_strategy.target for strategy in EVENTS.original_strategies}  # type: ignore[attr-defined]
+    covered = {strategy.wrapped_strategy.target for strategy in EVENTS.original_strategies}  # type: ignore[attr-defined] # hypothesis's own
     assert kinds == covered
     assert len(SCHEMA["oneOf"]) == len(SCHEMA["properties"]["event"]["enum"]) == len(kinds)
 
@@ -310,7 +310,7 @@ def test_a_signal_in_the_middle_of_a_line_does_not_cut_it() -> None:
         assert process.stderr
         # The pipe holds one line and a part of the next, which it waits to write.
         assert process.stderr.readline() == b"wrote\n"
-        while len(process.stdout.peek()) < 1000:  # type: ignore[attr-defined]
+        while len(process.stdout.peek()) < 1000:  # type: ignore[attr-defined] # a buffered reader
             pass
         process.send_signal(signal.SIGTERM)
         found = checked(process.stdout.read().decode())

@@ -95,7 +95,7 @@ def test_the_page_of_the_boot_test_has_its_options() -> None:
     assert names_in(described(manual.DOCS / "virt-dib-boot-test.rst")) == {
         name
         for name in shown
-        if name in boot_cli.build_parser()._option_string_actions  # noqa: SLF001
+        if name in boot_cli.build_parser()._option_string_actions  # noqa: SLF001 - argparse's one list of names
     }
 
 

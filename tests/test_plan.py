@@ -33,7 +33,7 @@ def spec_in(place: Path, **more: object) -> BuildSpec:
         "name": "x", "output_dir": place / "out", "elements": ("one",), "element_paths": (place / "elements",),
         "skip_base": True, "formats": ("qcow2", "raw"),
     }  # fmt: skip
-    return BuildSpec(**fields | more)  # type: ignore[arg-type]
+    return BuildSpec(**fields | more)  # type: ignore[arg-type] # fields by name
 
 
 def planned(place: Path, environment: Mapping[str, str] | None = None, **more: object) -> BuildPlan:

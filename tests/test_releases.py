@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -379,3 +380,21 @@ def test_phases_of_a_release() -> None:
     late = [phase for phase in Phase if not rules("2.17.0").has(phase)]
     assert late == [Phase.POST_ROOT, Phase.PRE_FINALISE]
     assert all(rules("2.18.0").has(phase) for phase in Phase)
+
+
+@pytest.mark.parametrize("said", ["{}", "[1, 2]", '{"modules": []}', "nonsense"])
+def test_a_program_that_is_no_python(said: str, tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    with pytest.raises(UsageError, match="does not answer as a Python does, which --python names") as caught:
+        find_installation(None, program)
+    assert "3.8 or newer" in str(caught.value.problems[0].hint)
+
+
+def test_an_old_library_with_little_above_it() -> None:
+    """As in a checkout directly below /tmp or /opt."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        for part in ("lib", "elements"):
+            shutil.copytree(release("1.28.0").top / part, Path(name, part), symlinks=True)
+        assert find_installation(Path(name, "lib")).rules.disk_maker is rules("1.28.0").disk_maker

@@ -201,7 +201,10 @@ class Engine:
         doing = f"importing the image to {self.name}"
         said = tools.run([*self.command, "import", *platform, archive], doing=doing).stdout.split()
         if not said or not _IMAGE_ID.fullmatch(said[-1]):
-            raise ToolError(f"{doing}: it gives no image")
+            raise ToolError(
+                f"{doing}: it gives no image, but says {' '.join(said)[-200:]!r}",
+                hint=f"see whether {' '.join(self.command)} import works by itself",
+            )
         return Imported(engine=self, image_id=said[-1])
 
 

@@ -8,14 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from virt_dib.command_line import CommandLine, parse
-from virt_dib.errors import Interrupted, VirtDibError
+from virt_dib.errors import Interrupted, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
 from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
-from virt_dib.monitor import Display, printable, summary, write_out
+from virt_dib.monitor import Display, one_line, printable, summary, write_out
 from virt_dib.options import PROG
 from virt_dib.report import BuildReport
-from virt_dib.spec import BuildSpec
 from virt_dib.terminal import AUTOMATIC, Style
 from virt_dib.translation import translated
 
@@ -29,11 +28,11 @@ def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) 
         return body()
     except VirtDibError as error:
         for problem in error.problems:
-            _complain(style, f"{prog}: {translated('error')}: {translated(problem.message)}", _RED)
+            _complain(style, f"{prog}: {translated('error')}: {one_line(translated(problem.message))}", _RED)
             for line in problem.details:
                 write_out(sys.stderr, f"    {printable(line)}\n")
             if problem.hint:
-                _complain(style, f"{prog}: {translated('hint')}: {translated(problem.hint)}", None)
+                _complain(style, f"{prog}: {translated('hint')}: {one_line(translated(problem.hint))}", None)
         return error.exit_status
     except (Interrupted, KeyboardInterrupt):
         _complain(style, f"{prog}: {translated('interrupted')}", None)
@@ -56,7 +55,7 @@ def _run(command: CommandLine) -> int:
         write_out(sys.stdout, command.options.answer)
         return 0
     if command.options.list_elements:
-        return _list_elements(command.spec)
+        return _list_elements(command)
     options, target = command.options, command.options.machine_readable
     # A stream with lines of JSON has nothing else.
     people = sys.stderr if target == Target(descriptor=STDOUT) else sys.stdout
@@ -80,11 +79,13 @@ def _run(command: CommandLine) -> int:
     return 0
 
 
-def _list_elements(spec: BuildSpec) -> int:
+def _list_elements(command: CommandLine) -> int:
+    if command.problems:
+        raise UsageError.of(command.problems)
     from virt_dib import plan  # noqa: PLC0415 - as in _build
 
     # DIB takes any directory for an element; these are nobody's choice.
-    names = [name for name in sorted(plan.find_elements(spec)) if not name.startswith(("_", "."))]
+    names = [name for name in sorted(plan.find_elements(command.spec)) if not name.startswith(("_", "."))]
     write_out(sys.stdout, "".join(f"{printable(name)}\n" for name in names))
     return 0
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from virt_dib.terminal import AUTOMATIC, Style
 _T = TypeVar("_T")
 
 _DEFAULT_NAME = "image"
+_STAND_IN_TARGET: str | None = "image:latest"
+"""For a wrong one, so that it is not told as missing, too."""
 _DEFAULT_FS_TYPE = "ext4"
 
 
@@ -121,10 +124,11 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
     fs_type = values.take(lambda: _choice("file system", asked_fs_type, tuple(LABEL_LIMITS), _DEFAULT_FS_TYPE), "")
     root_label = values.take(lambda: _label(asked(given.root_label, "ROOT_LABEL"), fs_type), None)
     debug = asked(given.debug, "DIB_DEBUG_TRACE")
+    needed = given.machine_readable is None and not given.list_elements
     return BuildSpec(
         name=name,
         output_dir=output_dir,
-        elements=values.take(lambda: _elements(given.elements, needed=given.machine_readable is None), ()),
+        elements=values.take(lambda: _elements(given.elements, needed=needed), ()),
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
         dib_library=values.take(lambda: _path("-B", given.dib_library), None),
         python=values.take(lambda: _python(given.python), None),
@@ -139,7 +143,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         host_certificates=given.host_certificates,
         root_label=root_label if fs_type else None,
         fs_type=fs_type or _DEFAULT_FS_TYPE,
-        mkfs_options=given.mkfs_options or "",
+        mkfs_options=values.take(lambda: _mkfs_options(given.mkfs_options), ""),
         extra_packages=tuple(_comma_list(",".join(given.extra_packages))),
         skip_base=given.skip_base,
         ramdisk=given.ramdisk,
@@ -159,7 +163,9 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
             lambda: _choice("compression", given.compression, COMPRESSIONS, COMPRESSIONS[0]), COMPRESSIONS[0]
         ),
         qemu_img_options=given.qemu_img_options or "",
-        docker_target=values.take(lambda: _docker_target(asked(given.docker_target, "DOCKER_TARGET")), None),
+        docker_target=values.take(
+            lambda: _docker_target(asked(given.docker_target, "DOCKER_TARGET")), _STAND_IN_TARGET
+        ),
         checksums=CHECKSUMS if given.checksum else _checksums(variables.get("DIB_CHECKSUM", "")),
         arguments=arguments,
     )
@@ -195,12 +201,24 @@ def _name(text: str | None) -> tuple[Path, str]:
         return Path(), _DEFAULT_NAME
     directory, base = os.path.split(text)
     check_name(base, text)
-    if "\0" in directory or not Path(directory).is_dir():
+    if directory and ("\0" in directory or not os.path.isdir(directory)):
+        name = shlex.quote(directory)
         raise UsageError(
-            f"cannot write '{text}': '{directory}' is not a directory",
-            hint=f"make it first: mkdir -p '{directory}'",
+            f"cannot write '{text}': '{directory}' is not a directory, or you may not enter it",
+            hint=f"make it first: mkdir -p {name}",
         )
     return Path(directory), base
+
+
+def _mkfs_options(text: str | None) -> str:
+    try:
+        shlex.split(text or "")
+    except ValueError as error:
+        raise UsageError(
+            f"cannot use '{text}' as --mkfs-options: a quote or backslash in it has no end",
+            hint="close the quote, or leave it out",
+        ) from error
+    return text or ""
 
 
 def _formats(text: str | None) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -48,6 +49,9 @@ except importlib.metadata.PackageNotFoundError:
 print(json.dumps(answer))
 """
 _QUESTION_TIMEOUT_S = 60.0
+_PYTHON_HINT = (
+    "give a Python of 3.8 or newer that has diskimage-builder, such as that of a virtual environment: DIR/bin/python"
+)
 _LONGEST_HEAD = 4096
 _LONG_SHEBANG = re.compile(r"""'''exec' "?(?P<python>[^"]+?)"? "\$0" "\$@\"""")
 """Second line of a script of pip's whose interpreter has a blank in its path, or a very long path."""
@@ -93,7 +97,10 @@ def find_installation(library: Path | None, python: Path | None = None) -> DibIn
     if library is not None:
         return _at_library(Path(os.path.realpath(library)), python or Path(sys.executable))
     if python is not None:
-        found = _ask(python, None)["modules"].get(_PACKAGE)
+        try:
+            found = _ask(python, None)["modules"].get(_PACKAGE)
+        except PrerequisiteError as error:
+            raise UsageError(f"{error}, which --python names", hint=_PYTHON_HINT) from error
         if found is None:
             raise UsageError(
                 f"looking for diskimage-builder with --python: '{python}' cannot import {_PACKAGE}",
@@ -147,23 +154,25 @@ def guest_modules(installation: DibInstallation) -> tuple[Path, ...]:
 
 def _at_library(library: Path, python: Path) -> DibInstallation:
     top = library.parent
-    in_package = (top / "__init__.py").exists() or not (library / "common-functions").exists()
+    in_package = os.path.exists(top / "__init__.py") or not os.path.exists(library / "common-functions")
     lacking = _lacking(library / "die", top / "elements", *([top / "block_device"] if in_package else []))
     if lacking is not None:
         raise UsageError(
             f"cannot use '{library}' as diskimage-builder's library: '{lacking}' does not exist or cannot be read",
-            hint="give the directory 'lib' inside the Python package diskimage_builder, of a release before 2.0.0 "
-            "that beside 'elements', or leave out -B",
+            hint="give the directory 'lib' inside the Python package diskimage_builder, or for a release before 2.0.0 "
+            "the 'lib' beside its 'elements'; or leave out -B",
         )
     return _described(top, library, python) if in_package else _described_share(top, library, python)
 
 
 def _described_share(top: Path, library: Path, python: Path) -> DibInstallation:
     """A release before 2.0.0: unpacked source, ``share`` of an installation, or the data of an unpacked wheel."""
-    sites = [top, *top.parents[:4], *sorted(top.parents[1].glob("lib/python*/*-packages"))]
-    site = next((site for site in sites if (site / _PACKAGE / "__init__.py").exists()), None)
+    # It may lie anywhere, directly below / too.
+    prefix, above = top.parent.parent, top.parent.parent.parent
+    sites = [top, *top.parents[:4], *sorted(prefix.glob("lib/python*/*-packages"))]
+    site = next((site for site in sites if os.path.exists(site / _PACKAGE / "__init__.py")), None)
     beside = _metadata(site) if site is not None else None
-    directories = [top / "bin", top.parents[1] / "bin", top.parents[2] / "scripts"]
+    directories = [top / "bin", prefix / "bin", above / "scripts"]
     programs = next((found for directory in directories if (found := _programs(directory))), ())
     return DibInstallation(
         rules=releases.rules(beside.version) if beside else releases.guess(top),
@@ -216,10 +225,15 @@ def _ask(python: Path, site: Path | None) -> Mapping[str, Any]:
             doing=f"asking '{python}' for the modules of diskimage-builder",
             timeout_s=_QUESTION_TIMEOUT_S,
         )
-        answer: Mapping[str, Any] = json.loads(result.stdout)
-    except (ToolError, ValueError) as error:
+    except ToolError as error:
         raise PrerequisiteError(f"looking for diskimage-builder: {error}", hint=_INSTALL) from error
-    return answer
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(result.stdout)
+        if isinstance(answer, dict) and isinstance(answer.get("modules"), dict) and "metadata" in answer:
+            return answer
+    raise PrerequisiteError(
+        f"looking for diskimage-builder: '{python}' does not answer as a Python does", hint=_INSTALL
+    )
 
 
 def _interpreter_of(script: Path) -> Path | None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import stat
 import struct
 from collections.abc import Iterator
@@ -41,7 +42,6 @@ _CORRUPT, _DATA_FILE = 2, 4
 _NOTE = "user.virt-dib.drive-format"
 _CORRUPTIONS_STATUS, _LEAKS_STATUS = 2, 3
 """Of qemu-img check."""
-_MAKE_HINT = "make one: truncate -s 10G '{}' && mkfs.ext4 '{}'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ def inspect(path: Path, wanted: str | None) -> Drive:
     if size_bytes < LEAST_BYTES:
         raise _refusal(
             path,
-            f"it is too small: {size_bytes >> 20} MiB, at least {LEAST_BYTES >> 20} needed",
-            "10G or more are recommended, as elements cache disk images and packages",
+            f"it is too small: {size_bytes >> 20} MiB, at least {LEAST_BYTES >> 20} MiB needed",
+            "make a larger one, of 10G or more: truncate -s 10G NEW && mkfs.ext4 NEW",
         )
     _check_use(path, real)
     if image_format == "qcow2":
@@ -108,25 +108,33 @@ def held(drive: Drive | None) -> Iterator[None]:
 
 def _read(path: Path) -> tuple[int, bytes]:
     """Its length, and how it begins."""
-    make_hint = _MAKE_HINT.format(path, path)
     try:
         state = path.stat()
         if stat.S_ISDIR(state.st_mode):
             raise _refusal(path, "it is a directory", "give the file of a disk image; for a directory: --image-cache")
         if not stat.S_ISREG(state.st_mode) and not stat.S_ISBLK(state.st_mode):
-            raise _refusal(path, "it is neither a file nor a block device", make_hint)
+            raise _refusal(path, "it is neither a file nor a block device", "give the file of a disk image")
         with path.open("r+b", buffering=0) as stream:
             return stream.seek(0, os.SEEK_END), os.pread(stream.fileno(), _HEADER.size, 0)
     except OSError as error:
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        hint = make_hint if missing else "it must be readable and writable for this user"
-        raise _refusal(path, "it does not exist" if missing else error.strerror or "", hint) from error
+        if error.errno == errno.ENOENT:
+            reason, hint = "it does not exist", _make_hint(shlex.quote(str(path)))
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason, hint = error.strerror or "", "it must be readable and writable for this user"
+        else:
+            reason, hint = error.strerror or "", "give another --drive"
+        raise _refusal(path, reason, hint) from error
+
+
+def _make_hint(name: str) -> str:
+    return f"make one: truncate -s 10G {name} && mkfs.ext4 {name}"
 
 
 def _detect(path: Path, header: bytes) -> str:
     other = next((name for begin, name in _OTHERS.items() if header.startswith(begin)), None)
     if other is not None:
-        hint = f"qemu-img convert -O qcow2 '{path}' NEW makes a drive of it; if it is raw: --drive-format raw"
+        name = shlex.quote(str(path))
+        hint = f"qemu-img convert -O qcow2 {name} NEW makes a drive of it; if it is raw: --drive-format raw"
         raise _refusal(path, f"its format is {other}, not raw or qcow2", hint)
     found = "qcow2" if header.startswith(_QCOW2) else "raw"
     try:

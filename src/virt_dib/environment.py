@@ -144,7 +144,7 @@ def _runners_image(facts: Facts, _phase: Phase) -> str:
 def _tmp_image(facts: Facts, phase: Phase) -> str | None:
     if phase.where is Where.CHROOT and _makes_ramdisk(facts):
         # Where the ramdisk is written first: in a directory that extra-data.d has made.
-        return "/tmp/ramdisk-build/image.raw"  # noqa: S108
+        return "/tmp/ramdisk-build/image.raw"  # noqa: S108 - in the image
     return _runners_image(facts, phase) or None
 
 
@@ -354,7 +354,7 @@ def _of_host(facts: Facts, on_host: OnHost) -> dict[str, str]:
         "ELEMENTS_PATH": ":".join(on_host.elements_path),
         "IMAGE_ELEMENT_YAML": yaml.safe_dump(dict(on_host.element_dirs)),
         "DIB_IMAGE_CACHE": on_host.image_cache,
-        "DIB_LOCKFILES": "/tmp/lockfiles",  # noqa: S108
+        "DIB_LOCKFILES": "/tmp/lockfiles",  # noqa: S108 - the phase's own
         "TMP_BUILD_DIR": on_host.build_dir,
         "TMP_HOOKS_PATH": f"{on_host.build_dir}/hooks",
         "TMP_MOUNT_PATH": f"{on_host.build_dir}/mnt",

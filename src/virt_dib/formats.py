@@ -197,9 +197,10 @@ def _try_options(output: DiskFormat, spec: BuildSpec, scratch: Path) -> None:
     reason = said[0].removeprefix("qemu-img: ").removeprefix(f"{image}: ")
     options = spec.qemu_img_options
     what = f"'{options}' as --qemu-img-options" if options else f"{spec.compression} compression"
+    help_hint = f"what there is: qemu-img create -f {output.qemu_name} -o help"
     raise UsageError(
         f"cannot use {what} for {output.name}: {reason}",
-        hint=f"what there is: qemu-img create -f {output.qemu_name} -o help",
+        hint=help_hint if options else "leave out --compression, or install a qemu of 5.1 or newer with zstd",
     )
 
 
@@ -288,7 +289,10 @@ def load(spec: BuildSpec, sources: Sources) -> Imported:
     """
     engine = archives.find_engine()
     if engine is None or sources.archive is None:
-        raise ToolError("importing the image: no engine for containers answers any more")
+        raise ToolError(
+            "importing the image: no engine for containers answers any more",
+            hint="start docker or podman again, or leave out the format docker",
+        )
     return engine.load(sources.archive, spec.arch)
 
 

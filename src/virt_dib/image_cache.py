@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib import staging
-from virt_dib.errors import ApplianceError, UsageError
+from virt_dib.errors import ApplianceError, ToolError, UsageError
 from virt_dib.interrupts import shielded
 
 LIMIT_BYTES = 64 * 1024**3
@@ -67,16 +67,15 @@ class ImageCache:
         Symbolic links that lead elsewhere, and devices and the like, are left out too.
 
         Raises:
-            OSError: the host refuses to write, for want of space or rights.
+            ToolError: the host refuses, for want of space or rights.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
-        target.mkdir(exist_ok=True)
-        with _locked(self._directory, fcntl.LOCK_SH):
-            for name in _entries(self._directory):
-                self._before[name] = dict(_states(self._directory, name))
-                for path, state in self._before[name].items():
-                    if not self._copy(path, state[0], target):
-                        self._partly.add(name)
+        try:
+            self._copy_all(target)
+        except OSError as error:
+            raise ToolError(
+                f"copying the image cache '{self._directory}' for the build: {error.strerror}: '{error.filename}'",
+                hint="make room in the directory of TMPDIR, give another --image-cache, or leave it out",
+            ) from error
 
     def receive(self) -> Received:
         """Take over what ``guest/image-cache.py`` has gathered, from the tar file ``archive``.
@@ -101,6 +100,16 @@ class ImageCache:
 
     # ---- inside ----
 
+    def _copy_all(self, target: Path) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        target.mkdir(exist_ok=True)
+        with _locked(self._directory, fcntl.LOCK_SH):
+            for name in _entries(self._directory):
+                self._before[name] = dict(_states(self._directory, name))
+                for path, state in self._before[name].items():
+                    if not self._copy(path, state[0], target):
+                        self._partly.add(name)
+
     def _copy(self, path: str, mode: int, target: Path) -> bool:
         source, copy = self._directory / path, target / path
         try:
@@ -116,7 +125,7 @@ class ImageCache:
                 return False
         except OSError as error:
             # Others may be at work there who do not know of our lock.
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT):
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                 raise
             return False
         return True

@@ -24,8 +24,9 @@ ISOLATION_VARIABLE = "VIRT_DIB_ISOLATION"
 KVM_VARIABLE = "VIRT_DIB_KVM"
 _USAGE = "virt-dib [options] ELEMENT..."
 _DESCRIPTION = """\
-Build disk images from diskimage-builder elements. All that the elements do
-happens in a small virtual machine: no root, no loop devices, no traces here."""
+Build disk images from diskimage-builder elements. What the elements do happens
+in a small virtual machine or, if you say so, in a sandbox: no root, no loop
+devices, no traces here."""
 _EPILOG = """\
 example:
   virt-dib --name debian --envvar DIB_RELEASE=trixie debian-minimal vm
@@ -335,6 +336,12 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         return fold(text, width).split("\n")
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == "?":
+            # The next word is not its value.
+            return f"{', '.join(action.option_strings)}[={action.metavar}]"
+        return super()._format_action_invocation(action)
+
     def add_usage(
         self,
         usage: str | None,
@@ -404,7 +411,9 @@ class _Words:
             option = BY_NAME[candidates[0]]
             self.given.take(option, value if equals else option.implied)
         elif equals:
-            self.problems.append(Problem(f"option '{candidates[0]}' takes no value, not '{value}'"))
+            self.problems.append(
+                Problem(f"option '{candidates[0]}' takes no value, not '{value}'", "write the option alone")
+            )
         else:
             self.given.take(BY_NAME[candidates[0]], "")
 

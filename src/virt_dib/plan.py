@@ -130,7 +130,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     _fill(staging, choice, disk)
     if certificates is not None:
         staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
-    on_host = _on_host(spec, choice, environ, workspace)
+    on_host = found.tell(lambda: _on_host(spec, choice, environ, workspace))
     places = staging.add_elements(chosen, choice.search_path)
     for file in host_files:
         found.tell(functools.partial(staging.add_host_file, file))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def rules(version: str) -> Rules:
 
 def guess(directory: Path) -> Rules:
     """The rules for a checkout, which has no metadata, by what is beside its ``elements`` in *directory*."""
-    version = next((version for sign, version in _SIGNS if (directory / sign).exists()), _WITHOUT_SIGNS)
+    version = next((version for sign, version in _SIGNS if os.path.exists(directory / sign)), _WITHOUT_SIGNS)
     return dataclasses.replace(rules(version), version=UNKNOWN)
 
 

@@ -277,7 +277,10 @@ def check_variable(name: str, value: str) -> None:
             hint="give NAME or NAME=VALUE, the name of letters, digits and underscores, no digit first",
         )
     if name in VARIABLES_OF_BASH:
-        raise UsageError(f"cannot set the variable '{name}' for elements: it is bash's own and read-only")
+        raise UsageError(
+            f"cannot set the variable '{name}' for elements: it is bash's own and read-only",
+            hint=f"leave out --envvar {name}",
+        )
     if "\0" in value:
         raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")
 

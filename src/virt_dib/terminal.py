@@ -11,8 +11,8 @@ from typing import TextIO
 
 _DEFAULT_COLUMNS = 80
 # As Japanese is set (JIS X 4051).
-_NEVER_FIRST = frozenset("、。，．・：；？！）」』】〉》ー々…％ァィゥェォッャュョヮぁぃぅぇぉっゃゅょゎ")  # noqa: RUF001
-_NEVER_LAST = frozenset("（「『【〈《")  # noqa: RUF001
+_NEVER_FIRST = frozenset("、。，．・：；？！）」』】〉》ー々…％ァィゥェォッャュョヮぁぃぅぇぉっゃゅょゎ")  # noqa: RUF001 - Japanese
+_NEVER_LAST = frozenset("（「『【〈《")  # noqa: RUF001 - Japanese
 
 
 @dataclass(frozen=True, slots=True)

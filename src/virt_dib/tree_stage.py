@@ -12,6 +12,7 @@ from virt_dib import image_cache, staging
 from virt_dib.errors import ApplianceError, ScriptError
 from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place, Runner
+from virt_dib.monitor import one_line
 from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script
 from virt_dib.plan import BuildPlan
 from virt_dib.spec import TREE_PHASES, Phase, Where
@@ -83,11 +84,16 @@ def _keep_cache(cache: ImageCache, phases: Phases, place: Place, since: Sequence
             _cache_script(place, "gather", *since, gathered)
             place.archive(gathered, cache.archive, limit_bytes=image_cache.LIMIT_BYTES)
             received = cache.receive()
-        except (ApplianceError, OSError) as error:
+        except ApplianceError as error:
             monitor.warning(f"what the elements cached is not kept: {error}")
             return
+        except OSError as error:
+            monitor.warning(f"what the elements cached is not kept: '{error.filename}': {error.strerror}")
+            return
     if received.entries:
-        monitor.message(f"cached: {', '.join(received.entries)}")
+        names = [one_line(name) for name in received.entries[:_MOST_NAMES]]
+        more = len(received.entries) - len(names)
+        monitor.message(f"cached: {', '.join(names)}" + (f" and {more} more" if more else ""))
     for name in received.refused:
         monitor.warning(f"not cached, since it has changed in the image cache meanwhile: {name}")
     for name in received.left_out[:_MOST_NAMES]:

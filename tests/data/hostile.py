@@ -110,7 +110,7 @@ with (TREE / "attempts").open("w") as results:
         try:
             attempt()
             results.write(f"{name}\tdone\n")
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001 - whatever hinders it
             results.write(f"{name}\t{type(error).__name__}\n")
 # What is left behind must not outlive the phase.
 if os.fork() == 0:
