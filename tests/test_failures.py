@@ -19,6 +19,7 @@ from virt_dib import tools
 from virt_dib.spec import Phase
 
 OLD = "an image of an earlier build"
+ORDINARY_PHASES = (Phase.ROOT, Phase.INSTALL, Phase.FINALISE)
 
 
 @pytest.fixture
@@ -182,8 +183,14 @@ def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tm
     assert "--size" in " ".join(hints(run))
 
 
-@pytest.mark.appliance
-@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize(
+    "phase",
+    [
+        # One of each kind: before there is a tree, in it, and in the image. test_isolation.py has the tree stage's.
+        pytest.param(phase, marks=pytest.mark.appliance if phase in ORDINARY_PHASES else pytest.mark.full)
+        for phase in Phase
+    ],
+)
 def test_a_script_that_fails(element_dir: Path, output_dir: Path, tmp_path: Path, phase: Phase) -> None:
     script = "#!/bin/bash\necho last words\nexit 42\n"
     make_element(tmp_path / "elements", "bad", {f"{phase.directory}/60-bad": script})
