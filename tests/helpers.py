@@ -170,3 +170,15 @@ class ExtFiles:
             for line in self._debugfs("show_super_stats -h").splitlines()
             if line.startswith("Filesystem volume name")
         )
+
+
+def processes_of(directory: Path) -> list[str]:
+    """The processes that name *directory*."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(directory).encode() in (entry / "cmdline").read_bytes():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import make_element, skip_without
+from helpers import make_element, processes_of, skip_without
 from virt_dib import api, tools
 from virt_dib.events import Teller
 from virt_dib.interrupts import Cancellation, cancellable, check_cancelled, shielded
@@ -233,18 +233,6 @@ def test_programs_that_take_long_to_read_get_all_their_input() -> None:
 
 
 # ---- builds ----
-
-
-def processes_of(directory: Path) -> list[str]:
-    """The processes that name *directory*."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and str(directory).encode() in (entry / "cmdline").read_bytes():
-                found.append(entry.name)
-        except OSError:
-            continue
-    return found
 
 
 @pytest.fixture

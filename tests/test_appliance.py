@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MakeAppliance
+from helpers import processes_of
 from virt_dib import appliance as appliance_module
-from virt_dib import plan, staging
+from virt_dib import plan, staging, supermin
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import Event, Splitter
@@ -210,3 +212,34 @@ def test_an_appliance_that_stands_still_is_started_once_more(tmp_path: Path, mon
         assert bash(appliance, "echo here") == (0, "here\n")
     assert (tmp_path / "qemu.tried").exists()
     assert told == ["starting the appliance: no answer in 3 s; starting it once more"]
+
+
+@pytest.mark.appliance
+def test_nothing_is_left_of_a_supermin_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    temporary, disks, cache = tmp_path / "temporary", tmp_path / "disks", tmp_path / "cache"
+    temporary.mkdir()
+    disks.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    disk = disks / "build.raw"
+    disk.touch()
+    os.truncate(disk, 1 << 20)
+    settings = Settings(
+        disks=[Disk(path=disk, label="build")],
+        cache_dir=cache,
+        memory_mib=768,
+        cpus=1,
+        network=False,
+        accelerate=False,
+    )
+    with open_appliance(settings):
+        deadline_s = time.monotonic() + 60
+        while not list(cache.glob("appliance-*/built.*")) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+    assert processes_of(cache) == []
+    assert list(temporary.iterdir()) == []
+    # What supermin was building is removed when one builds again.
+    (directory,) = cache.glob("appliance-*")
+    (unfinished,) = directory.glob("built.*")
+    supermin.build(directory, disks)
+    assert not unfinished.exists()
+    assert {path.name for path in directory.glob("built*")} == {"built"}

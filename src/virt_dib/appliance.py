@@ -197,6 +197,11 @@ class Appliance:
 
     def _start(self) -> None:
         """In the thread of libguestfs: start the virtual machine, and have it import DIB in the background."""
+        settings = self._settings
+        directory = Path(self._handle.get_cachedir())
+        on_debug = settings.on_debug if settings.verbose else None
+        # It is the first to be killed, and what it leaves then goes with the disks.
+        self._handle.set_path(str(supermin.build(directory, settings.disks[0].path.parent, on_debug)))
         self._handle.launch()
         self._mount(self._settings.early_disk or self._settings.disks[0])
         serve = f"/sysroot/guest/block-device.py --serve {BLOCK_DEVICE_DIR} /sysroot/site"
@@ -436,7 +441,7 @@ class Appliance:
             _wait(future, doing, timeout_s, meanwhile)
             return future.result()
         except RuntimeError as error:
-            raise ApplianceError(f"{doing}: {_first_line(error)}", hint=_hint_for(str(error))) from error
+            raise ApplianceError(f"{doing}: {_first_line(error)}", hint=supermin.HINT) from error
         except BaseException as error:
             # With a drive close() does it, once nothing is left to be written there; if the machine still answers.
             if isinstance(error, _NoAnswerError) or not self._drive_is_open:
@@ -477,9 +482,7 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     import guestfs  # noqa: PLC0415, TID251 - see binding_problem
 
     handle = guestfs.GuestFS(python_return_dict=True, close_on_exit=False)
-    supermin_dir = supermin.prepare(settings.cache_dir, handle.get_path().split(":"))
-    handle.set_path(f"{supermin_dir}:{handle.get_path()}")
-    handle.set_cachedir(str(supermin_dir))
+    handle.set_cachedir(str(supermin.prepare(settings.cache_dir, handle.get_path().split(":"))))
     # What it leaves when this process is killed goes with the disks.
     handle.set_tmpdir(str(settings.disks[0].path.parent))
     # A process group of its own: Ctrl-C on the terminal is for virt-dib to deal with.
@@ -545,9 +548,3 @@ def _children(thread: int) -> set[int]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].removesuffix(".") if lines else type(error).__name__
-
-
-def _hint_for(text: str) -> str:
-    if "supermin" in text and "kernel" in text.lower():
-        return "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
-    return "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private supermin directory: what our appliance holds beyond libguestfs's own.
+"""The files of our appliance: what libguestfs's own holds, and more.
 
-supermin builds the appliance from a list of the host's packages. A directory of ours, first on
-libguestfs's path, holds links to the system's lists and one more: the tools that elements run outside
-the chroot. Making it needs no root. The directory is named after its content, so that two versions of
-virt-dib, or a host whose packages changed, never share an appliance.
+supermin builds an appliance from a list of the host's packages. A directory of ours holds links to libguestfs's
+lists and one more: the tools that elements run outside the chroot. Making it needs no root. It is named after its
+content, so that two versions of virt-dib, or a host whose packages changed, never share an appliance. libguestfs gets
+the result as a "fixed appliance": if it ran supermin itself, what a supermin that is killed leaves behind would be
+anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from virt_dib.errors import PrerequisiteError, UsageError
+from virt_dib import tools
+from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError, UsageError
 
 PACKAGES = (
     # what DIB's own programs need
@@ -49,6 +53,13 @@ HOST_FILES = (
 )
 """Files that no package's list holds, or that the host's administrator changed. Globs."""
 
+HINT = "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"
+
+_KERNEL_HINT = "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
+_BUILT = "built"
+_FIXED = "appliance"
+_FIXED_FILES = ("kernel", "initrd", "root")
+
 
 def cache_dir() -> Path:
     """Where virt-dib keeps what it can make again: the appliance, the KVM verdict.
@@ -79,7 +90,7 @@ def _check_path(directory: Path) -> None:
 
 
 def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
-    """A directory to put first on libguestfs's path; libguestfs keeps its appliance there too.
+    """The directory for :func:`build` to work in, with the lists of packages and files.
 
     Raises:
         PrerequisiteError: libguestfs has no ``supermin.d``, or the cache cannot be written.
@@ -113,6 +124,7 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
                 (inside / entry.name).symlink_to(entry)
             for name, text in texts.items():
                 (inside / name).write_text(text)
+            _make_fixed(inside.with_name(_FIXED))
             # Another build may have made it meanwhile.
             with contextlib.suppress(OSError):
                 os.rename(inside.parent, directory)
@@ -127,8 +139,53 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
     return directory
 
 
+def _make_fixed(directory: Path) -> None:
+    """What guestfs(3) wants of a fixed appliance: three files and a text that nobody reads."""
+    directory.mkdir()
+    (directory / "README.fixed").write_text("Made by virt-dib.\n")
+    for name in _FIXED_FILES:
+        (directory / name).symlink_to(f"../{_BUILT}/{name}")
+
+
+def build(directory: Path, temporary_dir: Path, on_debug: Callable[[str], None] | None = None) -> Path:
+    """Have supermin build the appliance of a directory of :func:`prepare`, unless it is newer than what it is made of.
+
+    Returns what to give libguestfs as its path. *temporary_dir* gets what supermin leaves when it is killed;
+    *on_debug* gets what it says when it is told to be verbose.
+
+    Raises:
+        ApplianceError: supermin is missing or fails.
+    """
+    doing = "making the appliance"
+    lock = directory / "lock"
+    options = ["--copy-kernel", *(["--verbose"] if on_debug else []), "--if-newer", "--lock", str(lock)]
+    try:
+        program = tools.require("supermin", purpose="make the appliance", package="supermin")
+        _remove_unfinished(directory, lock)
+        result = tools.run(
+            [program, "--build", *options, "-f", "ext2", directory / "supermin.d", "-o", directory / _BUILT],
+            doing=doing,
+            environment={**os.environ, "TMPDIR": str(temporary_dir)},
+        )
+    except (ToolError, PrerequisiteError) as error:
+        hint = _KERNEL_HINT if "kernel" in str(error).lower() else HINT
+        raise ApplianceError(str(error), hint=error.problems[0].hint or hint) from error
+    if on_debug is not None:
+        for line in [*result.stdout.splitlines(), *result.stderr.splitlines()]:
+            on_debug(line)
+    return directory / _FIXED
+
+
+def _remove_unfinished(directory: Path, lock: Path) -> None:
+    """Remove what a killed supermin was building, unless one is at it just now."""
+    with contextlib.suppress(OSError), lock.open("w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in directory.glob(f"{_BUILT}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _content_id(system: Path, texts: dict[str, str]) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_FIXED.encode())
     for entry in sorted(system.iterdir()):
         state = entry.stat()
         digest.update(os.fsencode(f"{entry}:{state.st_size}:{state.st_mtime_ns}\n"))
