@@ -441,7 +441,7 @@ class Appliance:
             _wait(future, doing, timeout_s, meanwhile)
             return future.result()
         except RuntimeError as error:
-            raise ApplianceError(f"{doing}: {_first_line(error)}", hint=supermin.HINT) from error
+            raise ApplianceError(f"{doing}: {_first_line(error)}", hint=supermin.hint_for(str(error))) from error
         except BaseException as error:
             # With a drive close() does it, once nothing is left to be written there; if the machine still answers.
             if isinstance(error, _NoAnswerError) or not self._drive_is_open:

@@ -58,6 +58,8 @@ class RunOptions:
     """Have libguestfs tell its calls."""
     verbose: bool = False
     """Have libguestfs tell what it does, and the appliance what it says on its console."""
+    temporary_dir: Path | None = None
+    """For the disks of the build; None: TMPDIR or ``/var/tmp``."""
 
 
 def build_image(
@@ -84,14 +86,15 @@ def build_image(
 
 
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
-    log_path = spec.output_dir / f"{spec.name}.log"
-    with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
+    with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, problems, options)
-        with drive.held(plan.drive), monitor.logging(log_path):
+        lasting = spec.drop_in is None
+        log_path = spec.output_dir / f"{spec.name}.log" if lasting else workspace / "build.log"
+        with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
             build = _Build(plan, Phases(plan.hooks.owners, monitor), workspace, options)
             artifacts = build.run()
-    with contextlib.suppress(OSError):  # somebody tidied it away; the build is good all the same
+    with contextlib.suppress(OSError):  # it was not to last, or somebody tidied it away; the build is good all the same
         log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
         artifacts = (*artifacts, log)
     return BuildReport(name=spec.name, phases=build.results, artifacts=artifacts, seconds=monitor.elapsed_s)
@@ -126,7 +129,7 @@ def plan_image(spec: BuildSpec, *, options: RunOptions = RunOptions()) -> ImageP
     Raises:
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
-    with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
+    with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, (), options)
         return ImagePlan(
             elements={element.name: element.path for element in plan.elements},
@@ -200,16 +203,21 @@ class _Build:
             with stages(verdict) as (appliance, lengths):
                 for name in outputs.add(appliance):
                     self._monitor.warning(f"neither file nor directory, not taken over from the guest: {name}")
+                for text in outputs.refused:
+                    self._monitor.warning(text)
                 self._keep_log(appliance)
                 appliance.stop()
             self._check_left(outputs.left)
-            if plan.no_image is None:
+            if plan.formats:
                 # Of the disk, as long as any image may become, the output is the beginning.
                 os.truncate(self._image_disk.path, lengths.image_bytes)
                 if self._archive_disk is not None and lengths.archive_bytes is not None:
                     os.truncate(self._archive_disk.path, lengths.archive_bytes)
                 self._write(outputs)
-            return outputs.publish()
+            artifacts = outputs.publish()
+            for _final, old in outputs.renamed:
+                self._monitor.message(f"Old image found. Renaming it to {old}")
+            return artifacts
 
     def _write(self, outputs: Outputs) -> None:
         """The output files, and their checksums, beside their names."""
@@ -240,7 +248,7 @@ class _Build:
 
     def _tell_mode(self) -> None:
         spec, no_image = self._plan.spec, self._plan.no_image
-        if no_image is not None:
+        if no_image is not None and spec.drop_in is None:
             self._monitor.message(f"no image is written, whatever --formats says, because of {no_image}")
         if spec.ramdisk_element is not None and not spec.ramdisk:
             self._monitor.warning(f"without --ramdisk, the ramdisk element '{spec.ramdisk_element}' is not added")
@@ -252,6 +260,9 @@ class _Build:
             ScriptError: a ramdisk was asked for, and there is nothing at all.
         """
         spec, no_image = self._plan.spec, self._plan.no_image
+        if spec.drop_in is not None:
+            # Its callers know what they have asked for.
+            return
         directory = spec.output_dir / f"{spec.name}.d"
         made = set(names) - {_MANIFESTS}
         if no_image is not None and not made:

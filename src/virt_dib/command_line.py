@@ -77,8 +77,14 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
     What is wrong is in the result's problems, not raised, so that it can be told together with what
     turns out to be wrong later.
     """
-    environ = os.environ if environment is None else environment
     given, mistakes = sort_words(arguments)
+    return read(given, mistakes, arguments, os.environ if environment is None else environment)
+
+
+def read(
+    given: Given, mistakes: Iterable[Problem], arguments: Sequence[str], environ: Mapping[str, str]
+) -> CommandLine:
+    """As :func:`parse`, of words that have been sorted; *mistakes* were found there."""
     values = _Values(mistakes)
     options = Options(
         quiet=given.quiet,

@@ -20,7 +20,7 @@ from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance, Disk
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import JobResult
 from virt_dib.old_disk import PARTITION, OldDisk
-from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script
+from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script, named_files
 from virt_dib.plan import BuildPlan
 from virt_dib.releases import DiskMaker
 from virt_dib.sandbox import Extent
@@ -103,6 +103,7 @@ class DiskStage:
             plan.spec, plan.elements, plan.layout.block_devices.root_fstype, tree_kib, plan.dib.rules
         )
         self._facts = dataclasses.replace(self._facts, image_size_kib=size_kib)
+        named_files(self._appliance, plan.spec, "make")
         file_systems = self._make_disk(size_kib)
         with self._phases.step(STEPS[1]):
             result = self._copy() if filler is None else self._fill(file_systems, filler)
@@ -115,7 +116,8 @@ class DiskStage:
             result.check("copying the tree into the image")
         for phase in filter(plan.dib.rules.has, DISK_PHASES[1:]):
             self._phases.run(self._appliance, phase, self._facts)
-        if plan.no_image is not None:
+        named_files(self._appliance, plan.spec, "take")
+        if plan.no_image is not None and self._archive_disk is None:
             # Nobody will look into it any more.
             guest_script(self._appliance, "tree.sh", "let_go", contract.TREE).check("letting go of the image")
             return Lengths(image_bytes=size_kib * 1024, archive_bytes=None)

@@ -28,6 +28,9 @@ CACHE = f"{HOME}/.cache/image-create"
 SECOND_CACHE = f"{GUEST}/extra-data-cache"
 """That of --image-cache when there is a helper drive too."""
 OUT = f"{GUEST}/out"
+"""The working directory of scripts outside the chroot."""
+NAMED = f"{GUEST}/named"
+"""For files named after the image that do not lie below ``OUT``."""
 PREFIX = f"{GUEST}/prefix"
 """Library and programs of releases of DIB before 2.0.0."""
 PROGRAMS = f"{GUEST}/programs"
@@ -244,7 +247,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("DIB_ENV", _dib_env),
     _Variable("DIB_DEBUG_TRACE", lambda facts, _: str(facts.spec.debug_level)),
     _Variable("ARCH", lambda facts, _: facts.spec.arch),
-    _Variable("IMAGE_NAME", lambda facts, _: facts.spec.name),
+    _Variable("IMAGE_NAME", lambda facts, _: facts.spec.told_name),
     _Variable("IMAGE_TYPE", _always("qcow2")),
     _Variable("FS_TYPE", lambda facts, _: facts.spec.fs_type),
     _Variable("ELEMENTS_PATH", lambda facts, _: ":".join(facts.elements_path)),
@@ -276,7 +279,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("IMAGE_BLOCK_DEVICE_WITHOUT_PART", _once_known(lambda facts: facts.image_whole_device)),
     _Variable("IMAGE_BLOCK_DEVICES", _once_known(lambda facts: facts.image_block_devices)),
     # The manual wants dib-manifests in NAME.d, which is the working directory of the phases outside.
-    _Variable("DIB_MANIFEST_SAVE_DIR", _always(OUT), user_wins=True),
+    _Variable("DIB_MANIFEST_SAVE_DIR", lambda facts, _: OUT if facts.spec.drop_in is None else None, user_wins=True),
     _Variable("RAMDISK_ELEMENT", lambda facts, _: facts.spec.added_element),
     _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
     _Variable("DOCKER_TARGET", lambda facts, _: facts.spec.docker_target),

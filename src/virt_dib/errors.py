@@ -66,6 +66,9 @@ class ApplianceError(VirtDibError):
 class ScriptError(VirtDibError):
     """A script of an element failed."""
 
+    script_status = 1
+    """Its exit status as bash counts it, where it is known."""
+
 
 class Interrupted(BaseException):
     """The build was asked to stop by SIGINT, SIGTERM or SIGHUP.

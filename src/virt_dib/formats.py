@@ -79,6 +79,8 @@ _FORMATS: Mapping[str, Format] = {
     )
 }
 
+_DIB_SUFFIXES = {"squashfs": "squash"}
+
 KNOWN: tuple[str, ...] = tuple(sorted(_FORMATS))
 """The names ``--formats`` takes."""
 
@@ -106,6 +108,12 @@ def select(names: Sequence[str]) -> tuple[Format, ...]:
                 hint=(f"did you mean '{close[0]}'? " if close else "") + f"choose from {', '.join(KNOWN)}",
             )
     return tuple(_FORMATS[name] for name in dict.fromkeys(names))
+
+
+def file_name(spec: BuildSpec, output: Format) -> str:
+    """The name of an output file; disk-image-create calls one otherwise (contract section 1.8)."""
+    suffix = output.suffix if spec.drop_in is None else _DIB_SUFFIXES.get(output.name, output.suffix)
+    return f"{spec.name}.{suffix}"
 
 
 def wants_archive(outputs: Sequence[Format]) -> bool:

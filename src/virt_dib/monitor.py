@@ -264,6 +264,7 @@ class BuildMonitor:
         self._total = 0
         self._log: _Log | None = None
         self._log_path: Path | None = None
+        self._log_lasts = True
         self._tail = b""
         self._line_number = 1
         self._phase, self._phase_number = "", 0
@@ -272,8 +273,8 @@ class BuildMonitor:
 
     @property
     def log_path(self) -> Path | None:
-        """The log of this build, once there is one."""
-        return self._log_path
+        """The log of this build that people may read later, once there is one."""
+        return self._log_path if self._log_lasts else None
 
     @property
     def line_number(self) -> int:
@@ -305,13 +306,15 @@ class BuildMonitor:
             raise
 
     @contextlib.contextmanager
-    def logging(self, path: Path) -> Iterator[None]:
+    def logging(self, path: Path, *, lasting: bool = True) -> Iterator[None]:
         """Open the log *path*; close it with the error that ended the block as its last lines.
+
+        Messages name it only if it is *lasting*.
 
         Raises:
             ToolError: it cannot be created; an earlier one is as it was.
         """
-        self._log, self._log_path = _Log(path), path
+        self._log, self._log_path, self._log_lasts = _Log(path), path, lasting
         last_words: Sequence[str] = ()
         try:
             yield
@@ -474,8 +477,8 @@ class BuildMonitor:
                 exit_status=Interrupted.exit_status if interrupted else getattr(error, "exit_status", 1),
                 phase=self._phase or None,
                 script=self._script or None,
-                log_path=self._log_path,
-                log_line=self._line_number if self._log_path is not None else None,
+                log_path=self.log_path,
+                log_line=self._line_number if self.log_path is not None else None,
                 seconds=self.elapsed_s,
             )
         )

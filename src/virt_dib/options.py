@@ -11,6 +11,7 @@ import difflib
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from virt_dib import formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
@@ -362,24 +363,49 @@ def listed_names(*, short: bool, long: bool) -> list[str]:
 # ---- the words of the command line ----
 
 
+class Taker(Protocol):
+    """Keeps what was written."""
+
+    elements: list[str]
+
+    def take(self, option: Option, value: str) -> None:
+        """Keep one option of the command line."""
+
+
 def sort_words(arguments: Iterable[str]) -> tuple[Given, Sequence[Problem]]:
     """The values as written, and what is wrong with the words themselves."""
-    words = _Words(arguments)
+    given = Given()
+    return given, sort_into(given, arguments, BY_NAME, one_dash=True)
+
+
+def sort_into(
+    taker: Taker, arguments: Iterable[str], by_name: Mapping[str, Option], *, prog: str = PROG, one_dash: bool = False
+) -> Sequence[Problem]:
+    """Give *taker* what the words say, and return what is wrong with the words themselves.
+
+    *one_dash*: a long option may be written with one.
+    """
+    words = _Words(taker, arguments, by_name, prog=prog, one_dash=one_dash)
     words.sort()
-    return words.given, words.problems
+    return words.problems
 
 
 class _Words:
     """Sorts the words of a command line into options and elements.
 
-    As getopt_long_only does, which virt-dib has always used: options anywhere before ``--``, long
-    ones shortened or with one dash, short ones joined, and the word after an option that wants a
-    value is the value, whatever it looks like.
+    As getopt_long_only does, which virt-dib has always used, or getopt_long: options anywhere before ``--``, long
+    ones shortened, short ones joined, and the word after an option that wants a value is the value, whatever it
+    looks like.
     """
 
-    def __init__(self, arguments: Iterable[str]) -> None:
+    def __init__(
+        self, taker: Taker, arguments: Iterable[str], by_name: Mapping[str, Option], *, prog: str, one_dash: bool
+    ) -> None:
         self._rest = list(arguments)
-        self.given = Given()
+        self._taker = taker
+        self._by_name = by_name
+        self._prog = prog
+        self._one_dash = one_dash
         self.problems: list[Problem] = []
 
     def sort(self) -> None:
@@ -387,39 +413,39 @@ class _Words:
         while self._rest:
             word = self._rest.pop(0)
             if word == "--":
-                self.given.elements += self._rest
+                self._taker.elements += self._rest
                 self._rest.clear()
             elif word.startswith("--"):
                 self._long(word)
-            elif _has_one_dash(word):
+            elif self._one_dash and self._has_one_dash(word):
                 self._long("-" + word)
             elif word.startswith("-") and word != "-":
                 self._short(word)
             else:
-                self.given.elements.append(word)
+                self._taker.elements.append(word)
 
     def _long(self, word: str) -> None:
         name, equals, value = word.partition("=")
-        candidates = _long_names(name)
+        candidates = self._long_names(name)
         if len(candidates) > 1:
             self.problems.append(Problem(f"option '{name}' could be any of {', '.join(candidates)}", "write it out"))
         elif not candidates:
             self._unknown(name, has_value=bool(equals))
-        elif BY_NAME[candidates[0]].wants_value:
+        elif self._by_name[candidates[0]].wants_value:
             self._with_value(candidates[0], value if equals else None)
-        elif BY_NAME[candidates[0]].takes is Takes.VALUE_OR_NOTHING:
-            option = BY_NAME[candidates[0]]
-            self.given.take(option, value if equals else option.implied)
+        elif self._by_name[candidates[0]].takes is Takes.VALUE_OR_NOTHING:
+            option = self._by_name[candidates[0]]
+            self._taker.take(option, value if equals else option.implied)
         elif equals:
             self.problems.append(
                 Problem(f"option '{candidates[0]}' takes no value, not '{value}'", "write the option alone")
             )
         else:
-            self.given.take(BY_NAME[candidates[0]], "")
+            self._taker.take(self._by_name[candidates[0]], "")
 
     def _short(self, word: str) -> None:
         for position, letter in enumerate(word[1:], 2):
-            option = BY_NAME.get(f"-{letter}")
+            option = self._by_name.get(f"-{letter}")
             if option is None:
                 # '-fromats' is a slip for '--formats'; of '-qX' only the X is unknown.
                 self._unknown(word if position == 2 else f"-{letter}", has_value=False)  # noqa: PLR2004 - the first
@@ -427,40 +453,38 @@ class _Words:
             if option.wants_value:
                 self._with_value(f"-{letter}", word[position:] or None)
                 return
-            self.given.take(option, "")
+            self._taker.take(option, "")
 
     def _with_value(self, name: str, value: str | None) -> None:
         if value is not None:
-            self.given.take(BY_NAME[name], value)
+            self._taker.take(self._by_name[name], value)
         elif self._rest:
-            self.given.take(BY_NAME[name], self._rest.pop(0))
+            self._taker.take(self._by_name[name], self._rest.pop(0))
         else:
-            self.problems.append(Problem(f"option '{name}' needs a value", f"{name} {BY_NAME[name].metavar}"))
+            self.problems.append(Problem(f"option '{name}' needs a value", f"{name} {self._by_name[name].metavar}"))
 
     def _unknown(self, name: str, *, has_value: bool) -> None:
         word = name if name.startswith("--") else f"-{name}"
         # A single letter is close to anything.
-        meant = closest(word, BY_NAME) if len(name) > len("-x") else None
-        if meant and BY_NAME[meant].wants_value and not has_value and self._rest:
+        meant = closest(word, self._by_name) if len(name) > len("-x") else None
+        if meant and self._by_name[meant].wants_value and not has_value and self._rest:
             # Its value is no element.
             del self._rest[0]
-        hint = f"did you mean '{meant}'?" if meant else f"'{PROG} --help' lists all options"
+        hint = f"did you mean '{meant}'?" if meant else f"'{self._prog} --help' lists all options"
         self.problems.append(Problem(f"unknown option '{name}'", hint))
 
+    def _has_one_dash(self, word: str) -> bool:
+        """Whether *word* is a long option, such as ``-formats``, rather than short ones in one."""
+        name = word.partition("=")[0]
+        return name.startswith("-") and len(name) > len("-x") and bool(self._long_names(f"-{name}"))
 
-def _has_one_dash(word: str) -> bool:
-    """Whether *word* is a long option, such as ``-formats``, rather than short ones in one."""
-    name = word.partition("=")[0]
-    return name.startswith("-") and len(name) > len("-x") and bool(_long_names(f"-{name}"))
-
-
-def _long_names(beginning: str) -> list[str]:
-    """The long options meant by *beginning*: the one of that name, or all that begin so."""
-    if beginning in BY_NAME:
-        return [beginning]
-    names = [name for name in BY_NAME if name.startswith("--") and name.startswith(beginning)]
-    # '--col' is not ambiguous: all that begin so are one option.
-    return names[:1] if len({id(BY_NAME[name]) for name in names}) == 1 else names
+    def _long_names(self, beginning: str) -> list[str]:
+        """The long options meant by *beginning*: the one of that name, or all that begin so."""
+        if beginning in self._by_name:
+            return [beginning]
+        names = [name for name in self._by_name if name.startswith("--") and name.startswith(beginning)]
+        # '--col' is not ambiguous: all that begin so are one option.
+        return names[:1] if len({id(self._by_name[name]) for name in names}) == 1 else names
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
+import time
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from virt_dib import archives, formats, staging
@@ -13,9 +17,11 @@ from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
 from virt_dib.interrupts import shielded
 from virt_dib.report import Artifact
-from virt_dib.spec import BuildSpec
+from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
+from virt_dib.staging import CopiedOut
 
 _DIRECTORY = "directory"
+_FILE = "file"
 _OUT_LIMIT_BYTES = 16 * 1024**3
 
 
@@ -41,20 +47,25 @@ class Outputs:
         self._partial: list[tuple[Path, Path, formats.Format | str]] = []
         """What is written, its final name, and the format or the word for it in the report."""
         self._imported: Imported | None = None
+        self._scratch: list[Path] = []
+        """Directories with files that go elsewhere."""
         self.left: tuple[str, ...] = ()
         """The names in what will be ``NAME.d``."""
+        self.refused: list[str] = []
+        """Why files that a drop-in's elements left are not taken over, a sentence each."""
+        self.renamed: list[tuple[Path, Path]] = []
+        """Files of earlier builds, and the names they have now."""
 
     def add(self, appliance: Appliance) -> Sequence[str]:
-        """Take over what the elements left in their working directory, the future ``NAME.d``.
+        """Take over what the elements left in their working directory, the future ``NAME.d``; see ``DropIn``, too.
 
         Returns the names that were left out: links, devices and the like.
         """
-        archive = self._workspace / "out.tar"
-        appliance.archive(contract.OUT, archive, limit_bytes=_OUT_LIMIT_BYTES)
+        if self._spec.drop_in is not None:
+            return self._add_files(appliance, self._spec.drop_in)
         partial = self._new(f"{self._spec.name}.d", _DIRECTORY)
         partial.mkdir()
-        copied = staging.copy_out(archive, partial, limit_bytes=_OUT_LIMIT_BYTES)
-        archive.unlink()
+        copied = self._copy_out(appliance, contract.OUT, partial)
         if copied.files > 0:
             self.left = tuple(sorted(entry.name for entry in partial.iterdir()))
         else:
@@ -62,9 +73,42 @@ class Outputs:
             self._partial.pop()
         return copied.left_out
 
+    def _copy_out(self, appliance: Appliance, inside: str, target: Path) -> CopiedOut:
+        archive = self._workspace / "out.tar"
+        appliance.archive(inside, archive, limit_bytes=_OUT_LIMIT_BYTES)
+        copied = staging.copy_out(archive, target, limit_bytes=_OUT_LIMIT_BYTES)
+        archive.unlink()
+        return copied
+
+    def _add_files(self, appliance: Appliance, drop_in: DropIn) -> Sequence[str]:
+        """Every file on its own, to where it would be if the elements had run there."""
+        own = None if drop_in.leads_away else os.path.normpath(drop_in.image_name)
+        base = drop_in.working_dir
+        if not os.access(base, os.W_OK | os.X_OK):
+            base, own = self._directory, None
+        left_out = self._add_files_below(appliance, contract.OUT, base, own)
+        if drop_in.leads_away:
+            left_out += self._add_files_below(appliance, contract.NAMED, self._directory, self._spec.name)
+        return left_out
+
+    def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: str | None) -> tuple[str, ...]:
+        """What is below *inside* in the guest goes below *base*; what is named after the image, *own*, may replace."""
+        scratch = base / f".{self._spec.name}.{self._mark}.{len(self._scratch)}.partial"
+        self._scratch.append(scratch)
+        scratch.mkdir()
+        copied = self._copy_out(appliance, inside, scratch)
+        for path in sorted(path for path in scratch.rglob("*") if not path.is_dir()):
+            name = str(path.relative_to(scratch))
+            reason = _refusal(base, name, own)
+            if reason is not None:
+                self.refused.append(f"not taken over from the guest: '{base / name}': {reason}")
+            else:
+                self._partial.append((path, base / name, _FILE))
+        return copied.left_out
+
     def convert(self, outputs: Sequence[formats.Format], sources: formats.Sources) -> None:
         """Write all formats; the image for an engine goes there, when the others are complete, without its name."""
-        names = {f"{self._spec.name}.{output.suffix}": output for output in outputs if output.is_file}
+        names = {formats.file_name(self._spec, output): output for output in outputs if output.is_file}
         targets = {name: (self._new(name, output), output) for name, output in names.items()}
         formats.write(self._spec, sources, targets, self._workspace)
         if formats.wants_engine(outputs):
@@ -75,7 +119,9 @@ class Outputs:
         files = {final.name: partial for partial, final, kind in self._partial if isinstance(kind, formats.Format)}
         for name, sums in archives.sums_of(files, self._spec.checksums).items():
             for kind, digest in sums.items():
-                self._new(f"{name}.{kind}", "checksum").write_text(_checksum_line(digest, name))
+                # DIB gives md5sum the path that it was given.
+                shown = self._spec.told_name + name.removeprefix(self._spec.name)
+                self._new(f"{name}.{kind}", "checksum").write_text(_checksum_line(digest, shown))
 
     def publish(self) -> tuple[Artifact, ...]:
         """Give every file its name; what had that name before goes last, when all the new ones are in place.
@@ -95,11 +141,26 @@ class Outputs:
                     aside = final.with_name(f".{final.name}.{self._mark}.old")
                     final.rename(aside)
                     replaced.append(aside)
+                elif kind == _FILE:
+                    final.parent.mkdir(parents=True, exist_ok=True)
+                elif isinstance(kind, formats.Format) and self._spec.drop_in is not None:
+                    self._keep_old(final, self._spec.drop_in)
                 partial.replace(final)
             self._partial.clear()
-            for aside in replaced:
+            for aside in [*replaced, *self._scratch]:
                 staging.remove_tree(aside)
         return artifacts
+
+    def _keep_old(self, final: Path, drop_in: DropIn) -> None:
+        """Give an earlier file and its checksums the names that DIB gives them (lib/common-functions, finish_image)."""
+        if not drop_in.keep_old or not final.is_file():
+            return
+        stem, _, suffix = final.name.rpartition(".")
+        old = final.with_name(f"{stem}-{time.strftime('%Y.%m.%d-%H.%M.%S')}.{suffix}")
+        for ending in ("", *(f".{kind}" for kind in CHECKSUMS)):
+            with contextlib.suppress(FileNotFoundError):
+                final.with_name(final.name + ending).rename(old.with_name(old.name + ending))
+        self.renamed.append((final, old))
 
     def discard(self) -> None:
         """Remove the partial files, and nothing else, unless the user wants to keep them."""
@@ -113,6 +174,8 @@ class Outputs:
                     staging.remove_tree(partial)
                 else:
                     partial.unlink(missing_ok=True)
+            for scratch in self._scratch:
+                staging.remove_tree(scratch)
 
     def _new(self, name: str, kind: formats.Format | str) -> Path:
         partial = self._directory / f".{name}.{self._mark}.partial"
@@ -123,6 +186,33 @@ class Outputs:
     def engine(self) -> str | None:
         """The engine that has the image for containers."""
         return None if self._imported is None else self._imported.engine.name
+
+
+def _refusal(base: Path, name: str, own: str | None) -> str | None:
+    """Why the file *name*, which the guest chose, is not to be below *base*, the user's directory; None: it may.
+
+    Only what is named after the image, *own*, replaces something: other files of the user have nothing to do with it.
+    """
+    if name.startswith("."):
+        return "its name begins with a dot"
+    of_image = own is not None and name.startswith((f"{own}.", f"{own}-"))
+    *parents, _ = accumulate(Path(name).parts, os.path.join)
+    for parent in parents:
+        kind = _kind(base / parent)
+        if kind not in (None, stat.S_IFDIR):
+            return f"'{base / parent}' is no directory"
+    kind = _kind(base / name)
+    if kind == stat.S_IFDIR:
+        return "a directory is in its place"
+    return "there is one already, which is not named after the image" if kind is not None and not of_image else None
+
+
+def _kind(path: Path) -> int | None:
+    """The file type of st_mode, of a link itself, or None for nothing."""
+    try:
+        return stat.S_IFMT(path.lstat().st_mode)
+    except FileNotFoundError:
+        return None
 
 
 def _checksum_line(digest: str, name: str) -> str:

@@ -16,7 +16,7 @@ from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
 from virt_dib.prerequisites import tools_not_found
 from virt_dib.report import PhaseResult, ScriptResult
-from virt_dib.spec import Phase, Where
+from virt_dib.spec import BuildSpec, Phase, Where
 
 GUEST_SCRIPTS = f"{contract.GUEST}/guest"
 LAST_LINES = 10
@@ -95,6 +95,16 @@ class Phases:
         self.monitor.phase_finished(result)
 
 
+def named_files(place: Place, spec: BuildSpec, verb: str) -> None:
+    """Before or after the phases in *place*: "make" where files named after the image go, or "take" them from there.
+
+    Only where that is not in the working directory (``DropIn.leads_away``).
+    """
+    if spec.drop_in is not None and spec.drop_in.leads_away:
+        words = (verb, spec.drop_in.image_name, contract.OUT, contract.NAMED)
+        guest_script(place, "named-files.sh", *words).check("looking after files named after the image")
+
+
 def guest_script(place: Place, script: str, *arguments: str) -> JobResult:
     """Run one of our own guest scripts, outside all phases."""
     return place.run([f"{GUEST_SCRIPTS}/{script}", *arguments], _RUNNER_PATH, contract.GUEST)
@@ -160,11 +170,13 @@ class _PhaseScripts:
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
-        raise ScriptError(
+        error = ScriptError(
             f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
             hint=_advice(self._monitor, self._facts, self._phase.where),
             details=self._monitor.tail(LAST_LINES),
         )
+        error.script_status = failed.exit_status
+        raise error
 
 
 def _seconds(text: str) -> float:
@@ -186,4 +198,6 @@ def _advice(monitor: BuildMonitor, facts: Facts, where: Where) -> str:
 
 
 def _where(monitor: BuildMonitor) -> str:
+    if monitor.log_path is None:
+        return "all of its output is above"
     return f"all of its output is in '{monitor.log_path}' from line {monitor.line_number}"

@@ -35,7 +35,7 @@ from virt_dib.dib import DibInstallation
 from virt_dib.drive import Drive
 from virt_dib.elements import Element
 from virt_dib.errors import ElementError, PrerequisiteError, Problem, UsageError, VirtDibError
-from virt_dib.formats import Format
+from virt_dib.formats import Format, TreeFormat
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
@@ -183,7 +183,8 @@ def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     chosen = found.tell(lambda: _choose(spec, search_path, rules)) if installation else None
     no_image = _no_image(spec, chosen or ())
     if outputs is not None and no_image is not None:
-        outputs = ()
+        # DIB writes archives of the tree all the same.
+        outputs = () if spec.drop_in is None else tuple(one for one in outputs if isinstance(one, TreeFormat))
     found.tell(lambda: _check_places(spec, outputs or ()))
     found.add(prerequisites.format_problems(outputs or ()))
     found.tell(lambda: formats.check_spec(outputs or (), spec))
@@ -261,9 +262,9 @@ def _check_places(spec: BuildSpec, outputs: Sequence[Format]) -> None:
     """
     directory = spec.output_dir
     hint = "move it away, or give another --name"
-    images = [f"{spec.name}.{output.suffix}" for output in outputs if output.is_file]
+    images = [formats.file_name(spec, output) for output in outputs if output.is_file]
     sums = [f"{name}.{kind}" for name in images for kind in spec.checksums]
-    names = [f"{spec.name}.log", *images, *sums]
+    names = [*([f"{spec.name}.log"] if spec.drop_in is None else []), *images, *sums]
     problems = [
         Problem(f"cannot write '{directory / name}': a directory is in its place", hint)
         for name in names
@@ -356,6 +357,9 @@ def _no_image(spec: BuildSpec, chosen: Sequence[Element]) -> str | None:
     if spec.ramdisk:
         return "--ramdisk"
     names = [element.name for element in chosen]
+    if spec.drop_in is not None:
+        # DIB's rule: anywhere in a name.
+        return next((f"element '{name}'" for name in names if _NO_IMAGE_ELEMENTS[0] in name), None)
     return next((f"element '{name}'" for name in _NO_IMAGE_ELEMENTS if name in names), None)
 
 

@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from virt_dib.errors import Problem, UsageError
 
@@ -106,6 +106,24 @@ def host_arch() -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DropIn:
+    """What a build does as disk-image-create does, and not as virt-dib (docs/drop-in.md)."""
+
+    image_name: str
+    """IMAGE_NAME as the elements see it: a path, from *working_dir* on."""
+    working_dir: Path
+    """The caller's. What scripts outside the chroot leave in theirs comes to it; there is no ``NAME.d`` for it."""
+    keep_old: bool = True
+    """An earlier file of a name gets another name."""
+
+    @property
+    def leads_away(self) -> bool:
+        """Whether files named after the image do not lie below the working directory of scripts."""
+        path = PurePosixPath(self.image_name)
+        return path.is_absolute() or ".." in path.parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSpec:
     """One image as asked for; the values of a command line have been checked, for others see :func:`check_spec`."""
 
@@ -164,6 +182,13 @@ class BuildSpec:
     """Of ``CHECKSUMS``, those wanted for each output file."""
     arguments: tuple[str, ...] = ()
     """The command line as given, for DIB_ARGS."""
+    drop_in: DropIn | None = None
+    """For callers who think that this is disk-image-create."""
+
+    @property
+    def told_name(self) -> str:
+        """The name of the image that the elements see, which may be a path."""
+        return self.name if self.drop_in is None else self.drop_in.image_name
 
     @property
     def added_element(self) -> str | None:

@@ -53,9 +53,6 @@ HOST_FILES = (
 )
 """Files that no package's list holds, or that the host's administrator changed. Globs."""
 
-HINT = "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"
-
-_KERNEL_HINT = "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
 _BUILT = "built"
 _FIXED = "appliance"
 _FIXED_FILES = ("kernel", "initrd", "root")
@@ -168,12 +165,18 @@ def build(directory: Path, temporary_dir: Path, on_debug: Callable[[str], None] 
             environment={**os.environ, "TMPDIR": str(temporary_dir)},
         )
     except (ToolError, PrerequisiteError) as error:
-        hint = _KERNEL_HINT if "kernel" in str(error).lower() else HINT
-        raise ApplianceError(str(error), hint=error.problems[0].hint or hint) from error
+        raise ApplianceError(str(error), hint=error.problems[0].hint or hint_for(str(error))) from error
     if on_debug is not None:
         for line in [*result.stdout.splitlines(), *result.stderr.splitlines()]:
             on_debug(line)
     return directory / _FIXED
+
+
+def hint_for(text: str) -> str:
+    """What to do about an appliance that cannot be made or does not start, for the reason *text*."""
+    if "supermin" in text and "kernel" in text.lower():
+        return "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
+    return "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"
 
 
 def _remove_unfinished(directory: Path, lock: Path) -> None:

@@ -13,7 +13,7 @@ from virt_dib.errors import ApplianceError, ScriptError
 from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place, Runner
 from virt_dib.monitor import one_line
-from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script
+from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script, named_files
 from virt_dib.plan import BuildPlan
 from virt_dib.spec import TREE_PHASES, Phase, Where
 
@@ -42,6 +42,7 @@ def make_tree(
         ApplianceError: the place itself failed.
     """
     rules = plan.dib.rules
+    named_files(place, plan.spec, "make")
     packages_before = Phase.POST_INSTALL if rules.packages_after_install else Phase.INSTALL
     with _cache_kept(plan, phases, place):
         for phase in filter(rules.has, TREE_PHASES):
@@ -55,6 +56,7 @@ def make_tree(
                     phases.run(host, phase, plan.facts)
             if phase is Phase.ROOT:
                 _after_root(plan, place)
+    named_files(place, plan.spec, "take")
     guest_script(place, "tree.sh", "set_aside", contract.TREE, contract.BUILT).check("setting the tree aside")
     return _size_kib(place.read(f"{contract.BUILD_DIR}/tree-size-kib"), plan.layout.disk_bytes)
 

@@ -20,13 +20,16 @@ _PREFIX = "virt-dib-"
 
 
 @contextlib.contextmanager
-def open_workspace() -> Iterator[Path]:
-    """A directory for the disks of one build, in TMPDIR or ``/var/tmp``; those of killed builds there are removed.
+def open_workspace(parent: Path | None = None) -> Iterator[Path]:
+    """A directory for the disks of one build; those of killed builds beside it are removed.
+
+    It is in *parent* or else in TMPDIR or ``/var/tmp``.
 
     Raises:
         ToolError: it cannot be made.
     """
-    parent = Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - the directory made there is private
+    if parent is None:
+        parent = Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - the directory made there is private
     remove_leftovers(parent)
     with contextlib.ExitStack() as stack, shielded():
         try:

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command line of disk-image-create or ramdisk-image-create, read as virt-dib's own is (docs/drop-in.md)."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from virt_dib import environment as contract
+from virt_dib.command_line import Options, read
+from virt_dib.errors import Problem
+from virt_dib.options import Given, Option, Takes, sort_into
+from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, DropIn
+from virt_dib.translation import translated
+
+_TRACING, _CLEARING, _LOG = "tracing", "clearing", "log"
+
+_DEFAULT_NAME = "image"
+_DEFAULT_CACHE = Path(".cache", "image-create")
+"""Below the home directory (lib/disk-image-create)."""
+
+
+def _flag(names: str, dest: str, text: str) -> Option:
+    return Option(tuple(names.split()), dest, Takes.NOTHING, None, text)
+
+
+def _value(names: str, dest: str, metavar: str, text: str) -> Option:
+    return Option(tuple(names.split()), dest, Takes.VALUE, metavar, text)
+
+
+_OPTIONS = (
+    _value("-a", "arch", "ARCH", "architecture that the elements are told, ARCH"),
+    _value("-o", "name", "[DIR/]NAME", "name of the image, and of the files made for it (default: image)"),
+    _value("-t", "formats", "LIST", "output formats, separated by commas, in any order (default: qcow2)"),
+    _flag("-x", _TRACING, "make scripts trace what they do; twice for more"),
+    _flag("-u", "uncompressed", "do not compress qcow2 images"),
+    _flag("-c", _CLEARING, "give the elements nothing of the environment"),
+    _flag("-n", "skip_base", "do not add the element 'base'"),
+    Option(("-p",), "extra_packages", Takes.VALUES, "LIST", "packages to install besides, separated by commas"),
+    _value("--logfile", _LOG, "FILE", "append what is printed to FILE, and print it only if DIB_QUIET is 0"),
+    _flag("--checksum", "checksum", "write NAME.EXT.md5 and NAME.EXT.sha256 for each output file"),
+    _value("--image-size", "DIB_IMAGE_SIZE", "GIB", "size of the image, fractions too (default: what the tree needs)"),
+    _value("--image-extra-size", "DIB_IMAGE_EXTRA_SIZE", "MIB", "room in the image besides what the tree takes"),
+    _value("--image-cache", "image_cache", "DIR", "where the elements cache (default: ~/.cache/image-create)"),
+    _value("--max-online-resize", "MAX_ONLINE_RESIZE", "BLOCKS", "most blocks the root file system may grow to"),
+    _value("--min-tmpfs", "DIB_MIN_TMPFS", "GIB", "accepted, and told to the elements; builds need no tmpfs"),
+    _value("--mkfs-journal-size", "DIB_JOURNAL_SIZE", "MIB", "size of the journal of an ext4 root (default: 64)"),
+    _value("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
+    _flag("--no-tmpfs", "DIB_NO_TMPFS", "accepted, and told to the elements; builds need no tmpfs"),
+    _flag("--offline", "DIB_OFFLINE", "elements are not to update what they have cached"),
+    _value("--qemu-img-options", "qemu_img_options", "LIST", "options for qemu-img convert -o"),
+    _value("--root-label", "root_label", "LABEL", "label of the root file system (default: cloudimg-rootfs)"),
+    _value("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
+    _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
+    _value("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
+    _flag("-h --help", "help", "print this"),
+    _flag("--version", "version", "print the version of diskimage-builder"),
+)
+_BY_NAME: Mapping[str, Option] = {name: option for option in _OPTIONS for name in option.names}
+
+_WITHOUT_MEANING = {"DIB_MIN_TMPFS": "--min-tmpfs", "DIB_NO_TMPFS": "--no-tmpfs"}
+
+_NOT_FOR_ELEMENTS = frozenset({
+    # virt-dib's own: places on this host, and what disk-image-create sets itself whatever it finds
+    "DIB_IMAGE_CACHE", "DIB_LOCKFILES", "DIB_PYTHON_EXEC", "TMP_DIR", "IMAGE_NAME", "DOCKER_TARGET", "INSTALL_PACKAGES",
+    "MKFS_OPTS", "COMPRESS_IMAGE", "IMAGE_TYPES", "LOGFILE", "ELEMENTS_PATH", "CLEAR_ENV", "OVERWRITE_OLD_IMAGE",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DibCommand:
+    """A command line, read."""
+
+    spec: BuildSpec
+    options: Options
+    problems: Sequence[Problem]
+    messages: Sequence[str]
+    """What there is to say of options that mean nothing here."""
+    log: Path | None
+    temporary_dir: Path | None
+    help: bool
+    version: bool
+
+
+@dataclass(slots=True)
+class _DibGiven(Given):
+    """As Given, and what only disk-image-create has."""
+
+    tracing: int = 0
+    clearing: bool = False
+    log: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+    """Of options that are but other words for variables."""
+
+    def take(self, option: Option, value: str) -> None:
+        if option.dest == _TRACING:
+            self.tracing += 1
+        elif option.dest.isupper():
+            self.variables[option.dest] = value if option.wants_value else "1"
+        else:
+            Given.take(self, option, value)
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ramdisk: bool) -> DibCommand:
+    """Read *arguments* and what disk-image-create reads from its environment, *environ*.
+
+    What is wrong is in the result's problems, as with :func:`virt_dib.command_line.parse`.
+    """
+    given = _DibGiven()
+    mistakes = sort_into(given, arguments, _BY_NAME, prog=prog)
+    inherited = {} if given.clearing or environ.get("CLEAR_ENV") == "1" else environ
+    log, tracing, variables = given.log, given.tracing, _variables(inherited) | given.variables
+    image_name = _complete(given, inherited, tracing, ramdisk=ramdisk)
+    given.envvars = [f"{name}={value}" for name, value in variables.items()]
+    command = read(given, mistakes, arguments, environ)
+    overwrite = environ.get("OVERWRITE_OLD_IMAGE", "0")
+    drop_in = DropIn(image_name=image_name, working_dir=Path.cwd(), keep_old=not _is_set(overwrite))
+    return DibCommand(
+        spec=dataclasses.replace(command.spec, drop_in=drop_in),
+        options=command.options,
+        problems=command.problems,
+        messages=[
+            f"{option} has no meaning here: builds take no memory for temporary files that is not there"
+            for name, option in _WITHOUT_MEANING.items()
+            if name in given.variables
+        ],
+        log=Path(log) if log else None,
+        temporary_dir=Path(environ["TMP_DIR"]) if environ.get("TMP_DIR") else None,
+        help=given.help,
+        version=given.version,
+    )
+
+
+def help_text(prog: str, *, ramdisk: bool) -> str:
+    """What ``--help`` prints."""
+    what = "a ramdisk and its kernel" if ramdisk else "disk images"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [options] ELEMENT...",
+        description=f"Build {what} from diskimage-builder elements as {prog.removeprefix('virt-')} does, but without "
+        "root: in a small virtual machine, or in a sandbox.",
+        epilog="Options may stand before and after the elements. The environment of this command reaches the elements, "
+        "and has the same variables as diskimage-builder's; VIRT_DIB_ISOLATION=sandbox and others say how to build.",
+        add_help=False,
+    )
+    for option in _OPTIONS:
+        if option.metavar is not None:
+            parser.add_argument(*option.names, metavar=option.metavar, help=translated(option.help))
+        else:
+            parser.add_argument(*option.names, action="store_true", help=translated(option.help))
+    return parser.format_help()
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of the caller's environment the elements are to see."""
+    return {
+        name: value
+        for name, value in contract.from_host(environ).items()
+        if name not in _NOT_FOR_ELEMENTS and name not in VARIABLES_OF_BASH
+    }
+
+
+def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk: bool) -> str:
+    """Give *given* what disk-image-create takes from its environment, and return its IMAGE_NAME."""
+    # One argument may hold several elements, and empty ones vanish.
+    given.elements = " ".join(given.elements).split()
+    given.element_paths = [part for part in environ.get("ELEMENTS_PATH", "").split(":") if part]
+    given.ramdisk = ramdisk
+    given.size = "auto"
+    given.skip_base = given.skip_base or environ.get("SKIP_BASE") == "1"
+    given.extra_packages = [",".join(text.split()) for text in given.extra_packages]
+    given.install_type = given.install_type or environ.get("DIB_DEFAULT_INSTALLTYPE") or None
+    given.qemu_img_options = given.qemu_img_options or environ.get("QEMU_IMG_OPTIONS")
+    given.fs_type = environ.get("FS_TYPE") or None
+    given.image_cache = given.image_cache or environ.get("DIB_IMAGE_CACHE") or _default_cache(environ)
+    traced = environ.get("DIB_DEBUG_TRACE") or "0"
+    given.debug = str(int(traced) + tracing) if re.fullmatch("[0-9]{1,6}", traced) else traced
+    name = given.name or environ.get("IMAGE_NAME") or _DEFAULT_NAME
+    formats = [word.strip() for word in (given.formats or "").split(",") if word.strip()]
+    if len(formats) == 1 or given.formats is None:
+        name = name.removesuffix(f".{formats[0] if formats else 'qcow2'}")
+    given.name = name
+    return name
+
+
+def _default_cache(environ: Mapping[str, str]) -> str | None:
+    home = environ.get("HOME")
+    return str(Path(home) / _DEFAULT_CACHE) if home else None
+
+
+def _is_set(text: str) -> bool:
+    """What bash's ``-eq 0`` makes of it."""
+    return re.fullmatch(r"0*", text.strip()) is None
