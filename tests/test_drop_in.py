@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same command line and environment for the real disk-image-create and for ours: what comes of it is the same.
+
+disk-image-create wants root, sudo and loop devices; without a device mapper it cannot partition, so these builds have
+no partitions. docs/drop-in.md has what differs on purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import ext4
+from helpers import BUILD_TIMEOUT_S, make_element, make_probe, make_tiny_os, skip_without
+from test_contract import CERTIFICATE_VARIABLES, OF_BASH
+from virt_dib import tools
+from virt_dib.spec import Phase
+
+COMMANDS = Path(sys.executable).parent
+PATH = f"{COMMANDS}:/usr/sbin:/usr/bin:/sbin:/bin"
+SIZE = {"DIB_IMAGE_SIZE": "0.25"}
+_DATE = re.compile(r"-\d{4}\.\d\d\.\d\d-\d\d\.\d\d\.\d\d\.")
+
+LEAVES = """#!/bin/bash
+set -eu
+echo kernel >"$IMAGE_NAME.kernel"
+echo initramfs >"$IMAGE_NAME.initramfs"
+(cd "$(dirname "$IMAGE_NAME")" && sha256sum "$(basename "$IMAGE_NAME").kernel" >"$(basename "$IMAGE_NAME").sha256")
+echo iso >"$IMAGE_NAME-boot.iso"
+mkdir -p "$IMAGE_NAME.d/dib-manifests" own/directory
+echo manifest >"$IMAGE_NAME.d/dib-manifests/one"
+echo mine >own/directory/file
+echo odd >'an odd name'
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One command line with what is around it."""
+
+    arguments: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    ramdisk: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Those of an earlier build, in the working directory."""
+    directories: Sequence[str] = ()
+    twice: bool = False
+    stdout_only: bool = False
+    """What is printed is compared too."""
+
+    @property
+    def program(self) -> str:
+        return "ramdisk-image-create" if self.ramdisk else "disk-image-create"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one of them made of a case."""
+
+    exit_status: int
+    directory: Path
+    printed: str
+
+
+def raw(*more: str, **fields: object) -> Case:
+    """A build of the smallest kind, with *more* on its command line."""
+    known: dict[str, object] = {"arguments": ["-n", "-t", "raw", *more, "tiny-os"], "variables": SIZE}
+    return Case(**known | fields)  # type: ignore[arg-type] # fields by name
+
+
+QUICK: Mapping[str, Case] = {
+    "probe": Case(arguments=["-n", "-t", "raw", "-o", "out/probe", "tiny-os probe", ""], variables=SIZE | {
+        "DIB_PROBE": "a b\nc", "PROBE_OTHER": "käse $HOME", "http_proxy": "http://127.0.0.1:9",
+    }, directories=["out"]),
+    "many-formats": Case(
+        arguments=["tiny-os", "leaves", "-n", "-t", "qcow2,raw,tar,tgz", "--checksum", "--image-size", "0.25", "-xo",
+                   "sub/made"], directories=["sub"], files={"sub/made.qcow2": "old", "sub/made.qcow2.md5": "old sum"},
+    ),
+    "failing-script": raw("fails-install"),
+    "ramdisk": Case(arguments=["-n", "-o", "r", "tiny-os", "leaves"], ramdisk=True,
+                    variables=SIZE | {"RAMDISK_ELEMENT": "leaves"}),
+    "absolute-name": Case(arguments=["-n", "-t", "raw", "-o", "@HERE@/sub/made", "tiny-os", "leaves"],
+                          variables=SIZE, directories=["sub"]),
+}  # fmt: skip
+
+FULL: Mapping[str, Case] = {
+    "default-name": Case(arguments=["-n", "tiny-os"], variables=SIZE),
+    "name-in-variable": Case(arguments=["-n", "-t", "raw", "tiny-os"], variables=SIZE | {"IMAGE_NAME": "named"}),
+    "suffix-of-only-type": raw("-o", "x.raw"),
+    "suffix-of-another-type": raw("-o", "x.qcow2"),
+    "suffix-with-two-types": Case(arguments=["-n", "-t", "raw,qcow2", "-o", "x.raw", "tiny-os"], variables=SIZE),
+    "old-image-renamed": raw("-o", "x", files={"x.raw": "old", "x.raw.sha256": "old sum", "x.other": "stays"}),
+    "old-image-overwritten": raw("-o", "x", files={"x.raw": "old"}, variables=SIZE | {"OVERWRITE_OLD_IMAGE": "1"}),
+    "twice": raw("-o", "x", twice=True),
+    "checksum-md5-alone": raw("-o", "x", variables=SIZE | {"DIB_CHECKSUM": "md5"}),
+    "checksum-list": raw("-o", "x", variables=SIZE | {"DIB_CHECKSUM": "md5,sha256"}),
+    "checksum-off": raw("-o", "x", variables=SIZE | {"DIB_CHECKSUM": "0"}),
+    "checksum-in-directory": raw("-o", "sub/x", "--checksum", directories=["sub"]),
+    "tar": Case(arguments=["-n", "-t", "tar", "tiny-os"], variables=SIZE),
+    "tgz-alone": Case(arguments=["-n", "-t", "tgz", "tiny-os"], variables=SIZE),
+    "vmdk": Case(arguments=["-n", "-t", "vmdk", "tiny-os"], variables=SIZE),
+    "vdi": Case(arguments=["-n", "-t", "vdi", "tiny-os"], variables=SIZE),
+    "vhdx": Case(arguments=["-n", "-t", "vhdx", "tiny-os"], variables=SIZE),
+    "uncompressed": Case(arguments=["-n", "-u", "tiny-os"], variables=SIZE),
+    "qemu-img-options": Case(arguments=["-n", "--qemu-img-options", "compat=0.10", "tiny-os"], variables=SIZE),
+    "qemu-img-options-in-variable": Case(
+        arguments=["-n", "tiny-os"], variables=SIZE | {"QEMU_IMG_OPTIONS": "cluster_size=2M"}
+    ),
+    "root-label": raw("--root-label", "own"),
+    "root-label-in-variable": raw(variables=SIZE | {"ROOT_LABEL": "other"}),
+    "mkfs-options": raw("--mkfs-options", "-O ^dir_index -m 1"),
+    "max-online-resize": raw("--max-online-resize", "4000000"),
+    "journal-size": raw(variables={"DIB_JOURNAL_SIZE": "16"}),
+    "extra-size": raw(variables={"DIB_IMAGE_EXTRA_SIZE": "100", "DIB_JOURNAL_SIZE": "8"}),
+    "image-size-option": raw("--image-size", "0.3", variables={}),
+    "image-size-wins-over-extra": raw(variables={"DIB_IMAGE_SIZE": "0.3", "DIB_IMAGE_EXTRA_SIZE": "100"}),
+    "automatic-size": raw("bulk", variables={}),
+    "xfs": raw(variables={"FS_TYPE": "xfs", "DIB_IMAGE_SIZE": "0.5"}),
+    "ext3": raw(variables=SIZE | {"FS_TYPE": "ext3"}),
+    "arch": raw("-a", "arm64", "probe"),
+    "arch-in-variable": raw("probe", variables=SIZE | {"ARCH": "armhf"}),
+    "offline": raw("--offline", "probe"),
+    "tmpfs-options": raw("--no-tmpfs", "--min-tmpfs", "7", "probe"),
+    "install-type": raw("--install-type", "package", "probe"),
+    "install-type-in-variable": raw("probe", variables=SIZE | {"DIB_DEFAULT_INSTALLTYPE": "package"}),
+    "tracing": raw("-x", "-x", "probe"),
+    "tracing-in-variable": raw("probe", variables=SIZE | {"DIB_DEBUG_TRACE": "1"}),
+    "extra-packages": raw("-p", "one,two", "-p", "three"),
+    "several-elements-in-one-argument": Case(
+        arguments=["", "-n", "tiny-os leaves", "-t", "raw", ""], variables=SIZE
+    ),
+    "cluster-of-short-options": Case(arguments=["-nuxtraw", "tiny-os"], variables=SIZE),
+    "abbreviated-long-option": raw("--root-l=own"),
+    "options-after-elements": Case(arguments=["tiny-os", "-n", "-t", "raw", "-o", "late"], variables=SIZE),
+    "double-dash": Case(arguments=["-n", "-t", "raw", "--", "tiny-os"], variables=SIZE),
+    "skip-base-in-variable": Case(arguments=["-t", "raw", "tiny-os"], variables=SIZE | {"SKIP_BASE": "1"}),
+    "no-final-image": Case(arguments=["-n", "-t", "qcow2,tar", "-o", "x", "tiny-os", "leaves", "no-final-image"],
+                           variables=SIZE),
+    "ramdisk-with-option": Case(arguments=["-n", "-o", "r", "--ramdisk-element", "leaves", "tiny-os"], ramdisk=True,
+                                variables=SIZE),
+    "block-device-config": raw(variables=SIZE | {"DIB_BLOCK_DEVICE_CONFIG": json.dumps([
+        {"local_loop": {"name": "image0", "mkfs": {"name": "root_fs", "label": "from-config", "type": "ext4",
+         "mount": {"mount_point": "/", "fstab": {"options": "noatime", "fsck-passno": 1}}}}}])}),
+    **{f"failing-{phase.directory}": raw(f"fails-{phase.directory.removesuffix('.d')}") for phase in Phase},
+    "killed-script": raw("killed"),
+    "nothing-in-root": Case(arguments=["-n", "-t", "raw", "empty-os"], variables=SIZE),
+    # what is refused before anything is built
+    "no-elements": Case(arguments=["-n"]),
+    "empty-elements": Case(arguments=["-n", "", ""]),
+    "unknown-element": Case(arguments=["-n", "tiny-os", "nothing-like-it"]),
+    "no-operating-system": Case(arguments=["-n", "leaves"]),
+    "two-operating-systems": Case(arguments=["-n", "tiny-os", "empty-os"]),
+    "unknown-option": Case(arguments=["--nothing", "tiny-os"]),
+    "ambiguous-option": Case(arguments=["--image", "5", "tiny-os"]),
+    "missing-value": Case(arguments=["tiny-os", "-o"]),
+    "docker-without-target": Case(arguments=["-n", "-t", "docker", "tiny-os"]),
+    "search-path-that-is-not-there": Case(arguments=["-n", "tiny-os"], variables={"ELEMENTS_PATH": "/nothing/here"}),
+    "duplicate-hook": Case(arguments=["-n", "tiny-os", "leaves", "leaves-too"]),
+    "bad-block-device-config": Case(arguments=["-n", "tiny-os"], variables={"DIB_BLOCK_DEVICE_CONFIG": "[{x: y}]"}),
+    "version": Case(arguments=["--version"], stdout_only=True),
+}  # fmt: skip
+
+STATUS_DIFFERS = {
+    "failing-block-device.d": "tee hides it there",
+    "empty-elements": "element-info says 2 there",
+}
+
+
+@pytest.fixture(scope="session")
+def elements(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = tmp_path_factory.mktemp("drop-in") / "elements"
+    parent.mkdir()
+    make_tiny_os(parent)
+    make_probe(parent)
+    make_element(parent, "leaves", {"cleanup.d/60-leaves": LEAVES})
+    make_element(parent, "leaves-too", {"cleanup.d/60-leaves": LEAVES})
+    make_element(parent, "empty-os", {"root.d/10-nothing": "#!/bin/bash\n"}, provides=["operating-system"])
+    bulk = '#!/bin/bash\nhead -c 90000000 /dev/urandom >"$TARGET_ROOT/bulk"\n'
+    make_element(parent, "bulk", {"root.d/50-bulk": bulk})
+    make_element(parent, "killed", {"install.d/50-killed": "#!/bin/bash\nkill -KILL $$\n"})
+    for phase in Phase:
+        name = phase.directory.removesuffix(".d")
+        script = "#!/bin/bash\necho last words\nexit 42\n"
+        make_element(parent, f"fails-{name}", {f"{phase.directory}/50-fails": script})
+    return parent
+
+
+def run(case: Case, program: str, directory: Path, elements: Path) -> Outcome:
+    """Run *case* in a new *directory*."""
+    work = directory / "work"
+    work.mkdir(parents=True)
+    for name in case.directories:
+        (work / name).mkdir()
+    for name, text in case.files.items():
+        (work / name).write_text(text)
+    environment = {
+        "PATH": PATH, "HOME": str(directory / "home"), "USER": "root", "TMP_DIR": str(directory),
+        "ELEMENTS_PATH": str(elements), "DIB_NO_TMPFS": "1", "DIB_NO_TIMESTAMP": "1",
+        "VIRT_DIB_ISOLATION": "sandbox", "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or f"{Path.home()}/.cache",
+        **case.variables,
+    }  # fmt: skip
+    arguments = [argument.replace("@HERE@", str(work)) for argument in case.arguments]
+
+    def once() -> Outcome:
+        command: list[str | Path] = [COMMANDS / program, *arguments]
+        result = tools.run(
+            command, doing="building", cwd=work, environment=environment, timeout_s=BUILD_TIMEOUT_S, check=False
+        )
+        return Outcome(exit_status=result.exit_status, directory=work, printed=result.stdout + result.stderr)
+
+    if case.twice:
+        assert once().exit_status == 0
+    return once()
+
+
+def names(outcome: Outcome) -> list[str]:
+    """All files, dates in names as one word."""
+    found = [path.relative_to(outcome.directory) for path in outcome.directory.rglob("*") if not path.is_dir()]
+    return sorted(_DATE.sub("-DATE.", str(name)) for name in found)
+
+
+def texts(outcome: Outcome) -> dict[str, str]:
+    """What is in the small files that are no images and not the probe's."""
+    found = {}
+    for path in outcome.directory.rglob("*"):
+        name = _DATE.sub("-DATE.", str(path.relative_to(outcome.directory)))
+        if path.is_file() and "probe" not in path.parts and path.stat().st_size < 10_000:
+            text = path.read_text(errors="replace").replace(str(outcome.directory), "@HERE@")
+            # The sums themselves depend on the UUID of the file system.
+            found[name] = re.sub(r"\b(?:[0-9a-f]{32}|[0-9a-f]{64})\b", "SUM", text)
+    return found
+
+
+def tree(image: Path) -> list[tuple[str, object]]:
+    without = frozenset({"mtime_ns", "size", "links"})
+    with ext4.opened(image) as file_system:
+        entries = file_system.entries()
+    return [
+        (repr(path), ext4.told(entries[path], without=without if path in (b"/", b"") else frozenset({"mtime_ns"})))
+        for path in sorted(entries)
+        if not path.startswith(b"/var/lib/probe/")
+    ]
+
+
+def facts(image: Path) -> dict[str, object]:
+    """What a disk image says of itself."""
+    qemu_img = tools.require("qemu-img", purpose="look at images", package="qemu-utils")
+    told = json.loads(tools.run([qemu_img, "info", "--output=json", image], doing="looking at an image").stdout)
+    kept = {"format": told["format"], "virtual-size": told["virtual-size"]}
+    return kept | {name: told[name] for name in ("cluster-size",) if name in told}
+
+
+def members(archive: Path) -> list[tuple[str, bytes, int, int, int, str, str]]:
+    with tarfile.open(archive) as tar:
+        return sorted(
+            (
+                member.name, member.type, member.mode, member.uid, member.gid, member.linkname,
+                hashlib.sha256(tar.extractfile(member).read()).hexdigest() if member.isreg() else "",  # type: ignore[union-attr]
+            )
+            for member in tar
+            if not member.name.startswith(("./dev/", "./proc/", "./sys/")) and member.name not in ("./proc", "./sys")
+        )  # fmt: skip
+
+
+def probed(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """The environment that the probe saw in each phase, places of this build as words."""
+    found = {}
+    for phase in Phase:
+        path = outcome.directory / "probe" / f"{phase.directory}.environment"
+        items = [os.fsdecode(item).split("=", 1) for item in path.read_bytes().split(b"\0") if item]
+        found[phase.directory] = dict(items)
+    places = {found["cleanup.d"][name]: name for name in ("TMP_BUILD_DIR", "TMP_IMAGE_DIR", "_LIB", "DIB_PYTHON_EXEC")}
+    places |= {part: f"PATH{n}" for n, part in enumerate(found["cleanup.d"]["ELEMENTS_PATH"].split(":"))}
+    places[str(outcome.directory)] = "@HERE@"
+    for variables in found.values():
+        for name in variables:
+            for place in sorted(places, key=len, reverse=True):
+                variables[name] = variables[name].replace(place, places[place])
+    return found
+
+
+NOT_COMPARED = {
+    "PATH": "of the host outside", "HOME": "of the guest", "USER": "root in the guest", "LOGNAME": "of sudo",
+    "SHELL": "of sudo", "TERM": "none here", "LANG": "set by us", "LC_CTYPE": "of the Python that starts DIB",
+    "PYTHONUNBUFFERED": "set by us", "PS4": "lost or not on the way to bash", "TMP_DIR": "of the host",
+    "XDG_CACHE_HOME": "of the host", "VIRT_DIB_ISOLATION": "ours", "IMAGE_ELEMENT": "in random order with DIB",
+    "IMAGE_ELEMENT_YAML": "in random order with DIB", "DIB_IMAGE_CACHE": "of the host", "DIB_LOCKFILES": "of the host",
+    "DIB_ENV": "in another order", "DIB_MANIFEST_SAVE_DIR": "of an element that is not there",
+    **dict.fromkeys(("SUDO_COMMAND", "SUDO_GID", "SUDO_UID", "SUDO_USER"), "of sudo"),
+}  # fmt: skip
+
+
+def compared(variables: Mapping[str, str]) -> dict[str, str]:
+    without = {*NOT_COMPARED, *OF_BASH, *CERTIFICATE_VARIABLES}
+    return {name: value for name, value in variables.items() if name not in without and "BASH_FUNC" not in name}
+
+
+def check_images(theirs: Outcome, ours: Outcome) -> None:
+    for path in sorted(theirs.directory.rglob("*")):
+        other = ours.directory / path.relative_to(theirs.directory)
+        if path.suffix in (".raw", ".qcow2", ".vmdk", ".vdi", ".vhdx") and other.exists() and path.stat().st_size > 9:
+            if "automatic" not in str(path):
+                assert facts(other) == facts(path), path.name
+            if path.suffix == ".raw" and path.read_bytes()[1080:1082] == b"\x53\xef":
+                assert ext4.complaints(other) == ""
+                assert tree(other) == tree(path)
+                made, wanted = ext4.superblock(other), ext4.superblock(path)
+                assert {name: made.get(name) for name in ext4.DECIDED_BY_MKFS} == {
+                    name: wanted.get(name) for name in ext4.DECIDED_BY_MKFS
+                }
+        elif path.suffix in (".tar", ".tgz"):
+            assert members(other) == members(path)
+
+
+def check(name: str, case: Case, elements: Path, directory: Path) -> None:
+    theirs = run(case, case.program, directory / "theirs", elements)
+    ours = run(case, f"virt-{case.program}", directory / "ours", elements)
+    if name in STATUS_DIFFERS:
+        assert (theirs.exit_status == 0) == (ours.exit_status == 0)
+    else:
+        assert ours.exit_status == theirs.exit_status, ours.printed[-3000:]
+    assert names(ours) == names(theirs)
+    assert texts(ours) == texts(theirs)
+    if case.stdout_only:
+        assert ours.printed == theirs.printed
+    check_images(theirs, ours)
+    if "probe/cleanup.d.environment" in names(theirs):
+        wanted = probed(theirs)
+        for phase, variables in probed(ours).items():
+            assert compared(variables) == compared(wanted[phase]), phase
+    shutil.rmtree(directory)
+
+
+@pytest.mark.appliance
+@pytest.mark.needs_root
+@pytest.mark.parametrize("name", QUICK)
+def test_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    check(name, QUICK[name], elements, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.needs_root
+@pytest.mark.parametrize("name", FULL)
+def test_all_else_is_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    check(name, FULL[name], elements, tmp_path)
