@@ -87,13 +87,13 @@ QUICK: Mapping[str, Case] = {
                    "sub/made"], directories=["sub"], files={"sub/made.qcow2": "old", "sub/made.qcow2.md5": "old sum"},
     ),
     "failing-script": raw("fails-install"),
+}  # fmt: skip
+
+FULL: Mapping[str, Case] = {
     "ramdisk": Case(arguments=["-n", "-o", "r", "tiny-os", "leaves"], ramdisk=True,
                     variables=SIZE | {"RAMDISK_ELEMENT": "leaves"}),
     "absolute-name": Case(arguments=["-n", "-t", "raw", "-o", "@HERE@/sub/made", "tiny-os", "leaves"],
                           variables=SIZE, directories=["sub"]),
-}  # fmt: skip
-
-FULL: Mapping[str, Case] = {
     "default-name": Case(arguments=["-n", "tiny-os"], variables=SIZE),
     "name-in-variable": Case(arguments=["-n", "-t", "raw", "tiny-os"], variables=SIZE | {"IMAGE_NAME": "named"}),
     "suffix-of-only-type": raw("-o", "x.raw"),
