@@ -390,6 +390,11 @@ class BuildMonitor:
                 )
             )
 
+    def environment_sourced(self, name: str) -> None:
+        """Take that a file of environment.d is read; bash traces it."""
+        with self._teller.lock:
+            self._teller.tell(events.EnvironmentSourced(phase=self._phase, name=name))
+
     def script_started(self, name: str, element: str | None = None) -> None:
         """Take the start of a script of the phase."""
         with self._teller.lock:

@@ -128,6 +128,8 @@ class _PhaseScripts:
         if event.name == "list":
             self._listed = True
             self._monitor.phase_started(self._phase.directory, words)
+        elif event.name == "source" and len(words) == 1:
+            self._monitor.environment_sourced(words[0])
         elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
             self._running = (words[0], _seconds(words[1]))
             self._monitor.script_started(words[0], self._element(words[0]))
