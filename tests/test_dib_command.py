@@ -216,8 +216,8 @@ def test_ramdisks() -> None:
 
 def test_places_of_this_run() -> None:
     command = parsed(["--logfile", "l", "e"], HOME | {"TMP_DIR": "/t"})
-    assert (command.log, command.temporary_dir) == (Path("l"), Path("/t"))
-    assert (parsed(["e"]).log, parsed(["e"]).temporary_dir) == (None, None)
+    assert (command.output.log_path, command.temporary_dir) == ("l", Path("/t"))
+    assert (parsed(["e"]).output.log_path, parsed(["e"]).temporary_dir) == (None, None)
 
 
 @pytest.mark.parametrize(

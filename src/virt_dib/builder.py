@@ -123,14 +123,16 @@ class ImagePlan:
     cpus: int
 
 
-def plan_image(spec: BuildSpec, *, options: RunOptions = RunOptions()) -> ImagePlan:
+def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: RunOptions = RunOptions()) -> ImagePlan:
     """Find out what :func:`build_image` would do, without an appliance or a sandbox and without any file.
+
+    *problems* were found before, as there.
 
     Raises:
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
-        plan = _plan(spec, workspace, (), options)
+        plan = _plan(spec, workspace, problems, options)
         return ImagePlan(
             elements={element.name: element.path for element in plan.elements},
             scripts=tuple(script for phase in Phase for script in plan.hooks.scripts(phase)),
@@ -297,8 +299,9 @@ class _Build:
         if wanted is Isolation.VM and not fast:
             self._monitor.message(f"emulating the appliance, about 15 times slower than with KVM: {verdict.reason}")
             instead = ", with --image-cache instead of --drive" if with_drive else ""
+            sandbox_option = "--isolation sandbox" if self._plan.spec.drop_in is None else "VIRT_DIB_ISOLATION=sandbox"
             self._monitor.message(
-                f"hint: --isolation sandbox runs the elements at native speed{instead}, see docs/isolation.md"
+                f"hint: {sandbox_option} runs the elements at native speed{instead}, see docs/isolation.md"
             )
         return wanted is Isolation.SANDBOX
 

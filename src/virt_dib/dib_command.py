@@ -12,6 +12,7 @@ from pathlib import Path
 
 from virt_dib import environment as contract
 from virt_dib.command_line import Options, read
+from virt_dib.dib_output import Settings, from_environment
 from virt_dib.errors import Problem
 from virt_dib.options import Given, Option, Takes, sort_into
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, DropIn
@@ -80,7 +81,7 @@ class DibCommand:
     problems: Sequence[Problem]
     messages: Sequence[str]
     """What there is to say of options that mean nothing here."""
-    log: Path | None
+    output: Settings
     temporary_dir: Path | None
     help: bool
     version: bool
@@ -128,7 +129,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
             for name, option in _WITHOUT_MEANING.items()
             if name in given.variables
         ],
-        log=Path(log) if log else None,
+        output=from_environment(environ, log),
         temporary_dir=Path(environ["TMP_DIR"]) if environ.get("TMP_DIR") else None,
         help=given.help,
         version=given.version,
