@@ -193,6 +193,15 @@ def test_the_environment_reaches_the_elements() -> None:
     }  # fmt: skip
 
 
+def test_a_strict_environment() -> None:
+    environ = HOME | {"DIB_RELEASE": "trixie", "ANYTHING": "a b", "http_proxy": "http://p", "FS_TYPE": "xfs"}
+    strict = right(["e"], environ | {"VIRT_DIB_ENVIRONMENT": "strict"})
+    assert dict(strict.variables) == {"DIB_RELEASE": "trixie", "FS_TYPE": "xfs"}
+    assert right(["e"], environ | {"VIRT_DIB_ENVIRONMENT": "inherit"}) == right(["e"], environ)
+    (problem,) = parsed(["e"], environ | {"VIRT_DIB_ENVIRONMENT": "Strict"}).problems
+    assert problem.hint == "choose from inherit, strict"
+
+
 @pytest.mark.parametrize(("arguments", "environ"), [(["-c"], {}), ([], {"CLEAR_ENV": "1"})])
 def test_a_clear_environment(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     environ = {**HOME, "DIB_RELEASE": "trixie", "ARCH": "armhf", "ELEMENTS_PATH": "/a", **environ}

@@ -63,6 +63,14 @@ _OPTIONS = (
 )
 _BY_NAME: Mapping[str, Option] = {name: option for option in _OPTIONS for name in option.names}
 
+ENVIRONMENT_VARIABLE = "VIRT_DIB_ENVIRONMENT"
+_INHERIT, _STRICT = "inherit", "strict"
+_READ_BY_DIB = frozenset({
+    "ARCH", "FS_TYPE", "ROOT_LABEL", "MAX_ONLINE_RESIZE", "IMAGE_TYPE", "QEMU_IMG_OPTIONS", "RAMDISK_ELEMENT",
+    "SKIP_BASE", "break", "break_cmd", "break_outside_target",
+})  # fmt: skip
+"""What disk-image-create itself reads, besides ``DIB_*``."""
+
 _WITHOUT_MEANING = {"DIB_MIN_TMPFS": "--min-tmpfs", "DIB_NO_TMPFS": "--no-tmpfs"}
 
 _NOT_FOR_ELEMENTS = frozenset({
@@ -114,7 +122,9 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     given = _DibGiven()
     mistakes = sort_into(given, arguments, _BY_NAME, prog=prog)
     inherited = {} if given.clearing or environ.get("CLEAR_ENV") == "1" else environ
-    log, tracing, variables = given.log, given.tracing, _variables(inherited) | given.variables
+    strict, wrong = _is_strict(environ)
+    mistakes = [*mistakes, *wrong]
+    log, tracing, variables = given.log, given.tracing, _variables(inherited, strict=strict) | given.variables
     image_name = _complete(given, inherited, tracing, ramdisk=ramdisk)
     given.envvars = [f"{name}={value}" for name, value in variables.items()]
     command = read(given, mistakes, arguments, environ)
@@ -156,13 +166,26 @@ def help_text(prog: str, *, ramdisk: bool) -> str:
     return parser.format_help()
 
 
-def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+def _variables(environ: Mapping[str, str], *, strict: bool) -> dict[str, str]:
     """What of the caller's environment the elements are to see."""
     return {
         name: value
         for name, value in contract.from_host(environ).items()
-        if name not in _NOT_FOR_ELEMENTS and name not in VARIABLES_OF_BASH
+        if name not in _NOT_FOR_ELEMENTS
+        and name not in VARIABLES_OF_BASH
+        and (not strict or name.startswith("DIB_") or name in _READ_BY_DIB)
     }
+
+
+def _is_strict(environ: Mapping[str, str]) -> tuple[bool, Sequence[Problem]]:
+    """Whether elements see only what diskimage-builder itself reads, and what is wrong with the word for it."""
+    word = environ.get(ENVIRONMENT_VARIABLE) or _INHERIT
+    if word in (_INHERIT, _STRICT):
+        return word == _STRICT, ()
+    problem = Problem(
+        f"unknown value '{word}' of the variable {ENVIRONMENT_VARIABLE}", f"choose from {_INHERIT}, {_STRICT}"
+    )
+    return True, (problem,)
 
 
 def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk: bool) -> str:
