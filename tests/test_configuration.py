@@ -9,6 +9,7 @@ import pwd
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ import tomllib
 from hypothesis import given
 from hypothesis import strategies as st
 
+from test_online import facts_of
 from virt_dib import cli, command_line, configuration, doctor, environment, tools
 from virt_dib.configuration import SETTINGS, Setting, Value
+from virt_dib.environment import OnHost
 from virt_dib.errors import UsageError
 from virt_dib.options import BY_NAME, GROUPS, OFFERS, Given, Offer, Takes
+from virt_dib.spec import Phase
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -487,6 +491,14 @@ def test_the_users_own_group_may_write(
     assert trusted == [("me", []), ("me", ["me"])]
 
 
+def test_a_wrong_value_is_told_with_its_place_once(tmp_path: Path) -> None:
+    environ = {"VIRT_DIB_ISOLATION": "chroot", "XDG_CONFIG_DIRS": "/nowhere"}
+    result = run("--name", "d", "no-such-element", environ=environ, cwd=tmp_path)
+    assert result.stderr.startswith("virt-dib: error: in VIRT_DIB_ISOLATION: unknown value of --isolation 'chroot'\n")
+    assert result.stderr.count("VIRT_DIB_ISOLATION") == 1
+    assert "element 'no-such-element' not found" in result.stderr
+
+
 def test_a_file_of_another_user_is_not_trusted(
     surroundings: dict[str, str], user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -584,9 +596,18 @@ def test_the_doctor_tells_what_is_wrong_with_the_settings(
     assert f"virt-dib-doctor: error: in {file}:1: unknown setting 'kvmm'\n" in capsys.readouterr().err
 
 
-def test_elements_see_none_of_the_variables() -> None:
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("on_host", [False, True], ids=["guest", "host"])
+def test_elements_see_none_of_the_variables(phase: Phase, *, on_host: bool) -> None:
     variables = {setting.variable: "x" for setting in SETTINGS} | {"VIRT_DIB_CONFIG": "x", "VIRT_DIB_OTHER": "x"}
-    assert environment.from_host({**variables, "OTHER": "y"}) == {"OTHER": "y"}
+    places = OnHost(
+        library_dir="/l/lib", python="/p", element_dirs={}, elements_path=(), image_cache="/c", home="/h",
+        working_directory="/w", build_dir="/b",
+    )  # fmt: skip
+    facts = replace(facts_of(host={**variables, "OTHER": "y"}), on_host=places if on_host else None)
+    seen = environment.for_phase(facts, phase)
+    assert [name for name in seen if name.startswith("VIRT_DIB_")] == []
+    assert ("OTHER" in seen) == (phase is Phase.EXTRA_DATA)
 
 
 # ---- --show-config ----

@@ -161,6 +161,9 @@ def explained(problems: Iterable[Problem], rows: Sequence[InForce]) -> tuple[Pro
 
 
 def _speaks_of(message: str, row: InForce) -> bool:
+    if message.startswith(f"in {row.origin}: "):
+        # It is told already.
+        return False
     setting = _BY_KEY[row.key]
     names = [re.escape(name) for name, option in BY_NAME.items() if option.dest == setting.dest]
     pattern = rf"(?<![\w-])({'|'.join(names)})(?![\w-])"
