@@ -11,7 +11,7 @@ import pytest
 
 from virt_dib import dib_cli, dib_command
 from virt_dib.dib_command import DibCommand
-from virt_dib.spec import BuildSpec, host_arch
+from virt_dib.spec import BuildSpec, Isolation, host_arch
 
 HOME = {"HOME": "/home/u"}
 
@@ -137,6 +137,16 @@ def test_what_means_nothing_is_said_once() -> None:
 )
 def test_variables(variable: str, value: str, field: str, expected: object) -> None:
     assert getattr(right(["e"], HOME | {variable: value}), field) == expected
+
+
+def test_settings_of_virt_dib(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('isolation = "sandbox"\nmemsize = 3000\nimage-cache = "cache"\n')
+    command = parsed(["--config", f"{tmp_path}/c.toml", "e"], HOME | {"VIRT_DIB_MEMSIZE": "4000"})
+    assert command.problems == ()
+    assert command.options.isolation is Isolation.SANDBOX
+    assert (command.spec.memory_mib, command.spec.image_cache) == (4000, tmp_path / "cache")
+    (problem,) = parsed(["e"], HOME | {"VIRT_DIB_MEMSISE": "4000"}).problems
+    assert "VIRT_DIB_MEMSIZE" in (problem.hint or "")
 
 
 def test_options_win_over_variables() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from virt_dib import environment as contract
 from virt_dib.command_line import Options, read
+from virt_dib.configuration import ENVIRONMENT_VARIABLE
 from virt_dib.dib_output import Settings, from_environment
 from virt_dib.errors import Problem
 from virt_dib.options import Given, Option, Takes, sort_into
@@ -58,12 +59,12 @@ _OPTIONS = (
     _value("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
     _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
     _value("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
+    _value("--config", "config", "FILE", "take settings of virt-dib from FILE, not from virt-dib/config.toml"),
     _flag("-h --help", "help", "print this"),
     _flag("--version", "version", "print the version of diskimage-builder"),
 )
 _BY_NAME: Mapping[str, Option] = {name: option for option in _OPTIONS for name in option.names}
 
-ENVIRONMENT_VARIABLE = "VIRT_DIB_ENVIRONMENT"
 _INHERIT, _STRICT = "inherit", "strict"
 _READ_BY_DIB = frozenset({
     "ARCH", "FS_TYPE", "ROOT_LABEL", "MAX_ONLINE_RESIZE", "IMAGE_TYPE", "QEMU_IMG_OPTIONS", "RAMDISK_ELEMENT",
@@ -131,7 +132,9 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     overwrite = environ.get("OVERWRITE_OLD_IMAGE", "0")
     drop_in = DropIn(image_name=image_name, working_dir=Path.cwd(), keep_old=not _is_set(overwrite))
     return DibCommand(
-        spec=dataclasses.replace(command.spec, drop_in=drop_in),
+        spec=dataclasses.replace(
+            command.spec, drop_in=drop_in, image_cache=command.spec.image_cache or _default_cache(inherited)
+        ),
         options=command.options,
         problems=command.problems,
         messages=[
@@ -200,7 +203,7 @@ def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk
     given.install_type = given.install_type or environ.get("DIB_DEFAULT_INSTALLTYPE") or None
     given.qemu_img_options = given.qemu_img_options or environ.get("QEMU_IMG_OPTIONS")
     given.fs_type = environ.get("FS_TYPE") or None
-    given.image_cache = given.image_cache or environ.get("DIB_IMAGE_CACHE") or _default_cache(environ)
+    given.image_cache = given.image_cache or environ.get("DIB_IMAGE_CACHE") or None
     traced = environ.get("DIB_DEBUG_TRACE") or "0"
     given.debug = str(int(traced) + tracing) if re.fullmatch("[0-9]{1,6}", traced) else traced
     name = given.name or environ.get("IMAGE_NAME") or _DEFAULT_NAME
@@ -211,9 +214,9 @@ def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk
     return name
 
 
-def _default_cache(environ: Mapping[str, str]) -> str | None:
+def _default_cache(environ: Mapping[str, str]) -> Path | None:
     home = environ.get("HOME")
-    return str(Path(home) / _DEFAULT_CACHE) if home else None
+    return Path(home) / _DEFAULT_CACHE if home else None
 
 
 def _is_set(text: str) -> bool:
