@@ -109,7 +109,12 @@ def _build(command: CommandLine, listener: Listener) -> BuildReport:
             command.spec,
             problems=command.problems,
             options=api.RunOptions(
-                isolation=options.isolation, kvm=options.kvm, trace=options.trace, verbose=options.verbose
+                isolation=options.isolation,
+                kvm=options.kvm,
+                trace=options.trace,
+                verbose=options.verbose,
+                timeout_s=options.timeout_s,
+                script_timeout_s=options.script_timeout_s,
             ),
             listener=listener,
         )

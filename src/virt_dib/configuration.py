@@ -42,7 +42,7 @@ _LONGEST_FILE_BYTES = 1 << 16
 _NAME_IT_HINT = "or name it, if it is what you want: --config FILE"
 _DESTINATIONS = frozenset({
     "dib_library", "python", "isolation", "extra_data", "memory", "cpus", "network", "host_certificates", "kvm",
-    "drive", "drive_format", "image_cache", "compression",
+    "drive", "drive_format", "image_cache", "compression", "timeout", "script_timeout",
 })  # fmt: skip
 """What can be set so: how and with what builds run on a host, not what is built.
 

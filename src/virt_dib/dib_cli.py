@@ -79,6 +79,8 @@ def _build(command: DibCommand, installation: DibInstallation) -> int:
                     isolation=command.options.isolation,
                     kvm=command.options.kvm,
                     temporary_dir=command.temporary_dir,
+                    timeout_s=command.options.timeout_s,
+                    script_timeout_s=command.options.script_timeout_s,
                 ),
                 listener=display,
             )

@@ -282,6 +282,11 @@ class BuildMonitor:
         return self._line_number
 
     @property
+    def now(self) -> str:
+        """The phase or step at work, and its script."""
+        return f"{self._phase}/{self._script}" if self._script else self._phase or "before its first step"
+
+    @property
     def elapsed_s(self) -> float:
         """Since the build began."""
         return self._teller.elapsed_s

@@ -160,6 +160,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
         _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
         _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
+        _value(
+            "--timeout", "timeout", "TIME", "end the build when it takes longer than 90s, 30m, 2h (default: never)"
+        ),
+        _value(
+            "--script-timeout", "script_timeout", "TIME", "end it when one script takes longer (default: never)"
+        ),
         *_switch(
             "network", "network",
             "scripts may use the network (default)", "scripts have no network, and DIB_OFFLINE is 1",
@@ -292,6 +298,8 @@ class Given:
     keep_on_failure: bool = False
     memory: str | None = None
     cpus: str | None = None
+    timeout: str | None = None
+    script_timeout: str | None = None
     network: str | None = None
     host_certificates: str | None = None
     drive: str | None = None
