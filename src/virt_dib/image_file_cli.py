@@ -27,12 +27,12 @@ _MOST_JOBS = 1000
 _MOST_CPUS = 1 << 16
 _MOST_MEMORY_MIB = 1 << 30
 _LEAST_MEMORY_MIB = 256
-_DESCRIPTION = """\
+_ABOUT = """\
 Build the images that YAML files describe, each as virt-disk-image-create or
 virt-ramdisk-image-create would. A file is a list of maps, one for each image;
 maps with the same imagename, in all files, are one image, and one without
 goes on with the image before it."""
-_EPILOG = """\
+_STATUSES = """\
 Exit status: 0 all images are built, 1 a build failed, 2 wrong usage or a wrong
 file, 130 interrupted."""
 
@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The options, for those who compare them with the page about them, too."""
     parser = _Parser(
         prog=PROG,
-        description=_DESCRIPTION,
-        epilog=f"{_keys_text()}\n\n{_EPILOG}",
+        description=_ABOUT,
+        epilog=f"{_keys_text()}\n\n{_STATUSES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", metavar="FILE", nargs="*", help="files that describe images; at least one")
@@ -201,9 +201,8 @@ def _result_problems(text: str) -> list[Problem]:
     if not os.path.basename(text) or "\0" in text or (os.path.exists(text) and not os.path.isfile(text)):
         return [Problem(f"{what}: it is no file", "give --result the name of a file")]
     if not os.path.isdir(directory):
-        return [
-            Problem(f"{what}: '{directory}' is not a directory", f"make it first: mkdir -p {shlex.quote(directory)}")
-        ]
+        name = shlex.quote(directory)
+        return [Problem(f"{what}: '{directory}' is not a directory", f"make it first: mkdir -p {name}")]
     if not os.access(directory, os.W_OK | os.X_OK):
         return [Problem(f"{what}: you may not write in '{directory}'", "name a file in another directory")]
     return []
@@ -214,8 +213,8 @@ def _result_problems(text: str) -> list[Problem]:
 
 def _run(arguments: Sequence[str], command: Sequence[str]) -> int:
     asked = _read(arguments)
-    for warning in asked.warnings:
-        write_out(sys.stderr, f"{PROG}: {translated('warning')}: {one_line(translated(warning))}\n")
+    for text in asked.warnings:
+        write_out(sys.stderr, f"{PROG}: {one_line(translated(f'warning: {text}'))}\n")
     if asked.dry_run:
         for request in asked.requests:
             # Where diskimage-builder prints them, too.
