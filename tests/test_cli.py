@@ -423,6 +423,7 @@ def test_report_errors_passes_on_the_status_and_the_bugs(capsys: pytest.CaptureF
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.option("--version", "-V")
 @pytest.mark.parametrize("option", ["-V", "--version", "-qV", "--vers"])
 def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([option]) == 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
 import hashlib
@@ -272,6 +273,22 @@ def test_checksums_of_files_of_any_name(disk: Path, tmp_path: Path, name: str) -
         tools.run([f"{kind}sum", "-c", "--strict", f"{name}.raw.{kind}"], doing="checking", cwd=tmp_path)
 
 
+@pytest.mark.parametrize("left", [set(), {".x.raw.mark.partial", ".x.qcow2.mark.partial"}], ids=["go", "stay"])
+def test_what_a_build_has_written_that_fails(disk: Path, tmp_path: Path, left: set[str]) -> None:
+    spec = dataclasses.replace(asking(delete_on_failure=not left), name="x", output_dir=tmp_path)
+    workspace = tmp_path / "virt-dib-mark"
+    workspace.mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    with contextlib.suppress(ToolError), open_outputs(spec, workspace) as outputs:
+        outputs.convert(formats.select(["raw", "qcow2"]), formats.Sources(disk=disk, archive=None))
+        raise ToolError("what comes after it failed")
+    assert {path.name for path in tmp_path.iterdir()} - before == left
+    for name in left:
+        image_format = name.split(".")[2]
+        words: list[str | Path] = [qemu_img(), "compare", "-f", "raw", "-F", image_format, disk, tmp_path / name]
+        tools.run(words, doing="comparing")
+
+
 @pytest.mark.parametrize(
     ("name", "target", "called"),
     [("web-1.2", None, "web-1-2:latest"), ("Web Server", None, "web-server:latest"), ("--", None, "image:latest"),
@@ -480,12 +497,23 @@ def test_disk_images_hold_the_same(built: Built, output: str) -> None:
     tools.run(command, doing="comparing")
 
 
+@pytest.mark.option("--checksum")
 @pytest.mark.appliance
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
 def test_checksums_are_what_their_programs_check(built: Built, kind: str) -> None:
     sums = sorted(path.name for path in built.directory.glob(f"*.{kind}"))
     said = tools.run([f"{kind}sum", "-c", "--strict", *sums], doing="checking", cwd=built.directory).stdout
     assert sorted(said.splitlines()) == sorted(f"{name.removesuffix('.' + kind)}: OK" for name in sums)
+
+
+@pytest.mark.option("--compression")
+@pytest.mark.appliance
+def test_the_qcow2_is_compressed_as_asked_for(built: Built) -> None:
+    said = tools.run([qemu_img(), "info", "--output=json", built.file("qcow2")], doing="asking").stdout
+    assert json.loads(said)["format-specific"]["data"]["compression-type"] == "zstd"
+    extents = json.loads(tools.run([qemu_img(), "map", "--output=json", built.file("qcow2")], doing="asking").stdout)
+    # Compressed clusters have no place that could be named.
+    assert not any("offset" in extent for extent in extents if extent["data"])
 
 
 @pytest.mark.appliance
@@ -538,6 +566,7 @@ def without_acls(attributes: object) -> object:
     return {name: value for name, value in attributes.items() if name not in ACLS}
 
 
+@pytest.mark.option("--docker-target")
 @pytest.mark.appliance
 def test_the_oci_archive_is_one_to_skopeo(built: Built, tmp_path: Path) -> None:
     source = f"oci-archive:{built.file('oci')}"
@@ -550,8 +579,13 @@ def test_the_oci_archive_is_one_to_skopeo(built: Built, tmp_path: Path) -> None:
     tools.run(["skopeo", *policy, "copy", source, f"dir:{tmp_path}"], doing="copying")
     with tarfile.open(built.file("oci")) as archive:
         assert archive.getnames()[:2] == ["oci-layout", "index.json"]
+        index = archive.extractfile("index.json")
+        assert index is not None
+        (manifest,) = json.load(index)["manifests"]
+    assert manifest["annotations"]["org.opencontainers.image.ref.name"] == TARGET
 
 
+@pytest.mark.option("--docker-target", "--formats")
 @pytest.mark.appliance
 @pytest.mark.needs_root
 @needs_root

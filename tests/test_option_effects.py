@@ -20,6 +20,7 @@ set -eu
 [[ $DIB_DEBUG_TRACE == 0 ]] || set -x
 mkdir -p /var/lib/notes
 echo "$ARCH:$DIB_DEBUG_TRACE:$DIB_DEFAULT_INSTALLTYPE:$IMAGE_ELEMENT" >/var/lib/notes/variables
+echo "${SSL_CERT_FILE-unset} ${CURL_CA_BUNDLE-unset} ${APT_CONFIG-unset}" >/var/lib/notes/certificates
 """
 _MACHINE = "#!/bin/bash\nset -eu\nnproc >processors\ngrep -o '[0-9]*' <(head -1 /proc/meminfo) >memory\n"
 _FAILS = "#!/bin/bash\nexit 1\n"
@@ -41,7 +42,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "--exclude-script", "60-fails", "--exclude-element", "unwanted",
             "--size", "640M", "--fs-type", "ext3", "--root-label", "the-root", "--mkfs-options", "-I 512",
             "--memsize", "1500", "--smp", "3", "-u", "--qemu-img-options", "cluster_size=32768",
-            "-x", "--color", "--wrap", "tiny-os", "notes",
+            "--no-host-certificates", "-x", "--color", "--wrap", "tiny-os", "notes",
         ],
         cwd=tmp_path_factory.mktemp("effects"),
         environment={"COLUMNS": "40"},
@@ -50,7 +51,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.option("--arch", "--debug", "--install-type", "--exclude-element", "--exclude-script", "-B")
+@pytest.mark.option("--arch", "--debug", "--install-type", "--exclude-element", "--exclude-script")
+@pytest.mark.option("-B", "--element-path", "--skip-base")
 def test_what_scripts_are_told_and_which_run(build: Run) -> None:
     files = files_in_image(build.output_dir / "effects.raw")
     arch, debug, install_type, elements = files.text("/var/lib/notes/variables").strip().split(":")
@@ -59,6 +61,13 @@ def test_what_scripts_are_told_and_which_run(build: Run) -> None:
     log = (build.output_dir / "effects.log").read_text()
     assert "+ mkdir -p /var/lib/notes" in log
     assert "60-fails" not in log
+
+
+@pytest.mark.option("--no-host-certificates")
+def test_no_variable_names_certificates_of_the_host(build: Run) -> None:
+    files = files_in_image(build.output_dir / "effects.raw")
+    # With them it does in any build: test_online.py.
+    assert files.text("/var/lib/notes/certificates") == "unset unset unset\n"
 
 
 @pytest.mark.option("--size", "--fs-type", "--root-label", "--mkfs-options")
@@ -74,7 +83,7 @@ def test_the_disk_and_its_file_system(build: Run) -> None:
     assert "extent" not in features.split()
 
 
-@pytest.mark.option("--memsize", "-m", "--smp")
+@pytest.mark.option("--memsize", "--smp")
 def test_the_appliance_is_as_large_as_asked_for(build: Run) -> None:
     files = build.output_dir / "effects.d"
     assert (files / "processors").read_text() == "3\n"
@@ -94,7 +103,7 @@ def test_the_qcow2_image_is_not_compressed_and_has_the_options(build: Run) -> No
     assert all("offset" in extent for extent in data)
 
 
-@pytest.mark.option("-x", "--color", "--wrap", "--kvm")
+@pytest.mark.option("-x", "--color", "--wrap")
 def test_messages_are_coloured_wrapped_and_tell_the_calls_of_libguestfs(build: Run) -> None:
     assert "trace: launch" in build.stdout.replace("\n         ", " ")
     own = re.findall(r"\x1b\[3[0-9]m(\[ *[0-9.]+\] [^\x1b]*)\x1b\[0m", build.stdout)
