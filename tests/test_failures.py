@@ -297,6 +297,18 @@ def test_nothing_is_built_without_elements(tmp_path: Path) -> None:
 
 # ---- what is shown ----
 
+
+@pytest.mark.full
+def test_a_build_that_leaves_nothing_for_the_user_has_a_warning(element_dir: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    arguments: list[str | Path] = ["--isolation", "sandbox", "--skip-base", "-p", element_dir, "--name", "x"]
+    run = virt_dib([*arguments, "tiny-os", "no-final-image"], cwd=tmp_path)
+    assert run.exit_status == 0, run.stdout + run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.log"]
+    because = "because of element 'no-final-image' there is no image, and the elements left no other files: "
+    assert f"warning: {because}files for the user are those in the working directory" in run.stdout
+
+
 OWN_LINE = re.compile(r"\[ *[0-9]+\.[0-9]\] (.*)")
 
 

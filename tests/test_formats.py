@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import struct
 import tarfile
@@ -379,7 +380,8 @@ def built(element_dir: Path, containers: Mapping[str, str], tmp_path_factory: py
     files = {"root.d/90-strange-tree": script, "post-root.d/90-strange-tree": script}
     make_element(directory / "elements", "strange-tree", files)
     output_dir = directory / "out"
-    output_dir.mkdir()
+    (output_dir / "x.d").mkdir(parents=True)
+    (output_dir / "x.d" / "manifest").write_text("of an earlier build\n")
     run = virt_dib(
         [
             "--name", "x", "--formats", ALL, "--checksum", "--docker-target", TARGET, "--size", "1G", "--skip-base",
@@ -476,7 +478,14 @@ def differences(
 def test_all_files_are_there_and_no_others(built: Built) -> None:
     images = [f"x.{name}" for name in formats.KNOWN if name != "docker"]
     sums = [f"{name}.{kind}" for name in images for kind in ("md5", "sha256")]
-    assert sorted(path.name for path in built.directory.iterdir()) == sorted([*images, *sums, "x.log"])
+    assert sorted(path.name for path in built.directory.iterdir()) == sorted([*images, *sums, "x.log", "x.d"])
+
+
+@pytest.mark.appliance
+def test_a_directory_of_an_earlier_build_stays_where_this_one_left_nothing_and_is_told(built: Built) -> None:
+    assert [path.name for path in built.file("d").iterdir()] == ["manifest"]
+    warning = r"warning: '\S*x\.d' is of an earlier build, for this one left no files\n"
+    assert len(re.findall(warning, built.file("log").read_text())) == 1
 
 
 @pytest.mark.appliance
