@@ -28,6 +28,7 @@ from virt_dib.errors import Interrupted, Problem, ScriptError, ToolError, VirtDi
 from virt_dib.monitor import BuildMonitor, Display, Sanitiser, printable, size_text, summary, write_out
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Phase
+from virt_dib.terminal import columns_of
 
 MIB = 1 << 20
 COLUMNS = 60
@@ -631,6 +632,23 @@ def test_status_line_shows_the_position_and_leaves_nothing_behind(tmp_path: Path
         "[T] a message",
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "status"), [(60, r"\[1/4\] アプライアンスの起動  0:0\d"), (20, r"\[1/4\] アプ\.\.\.  0:0\d")]
+)
+def test_the_status_line_is_in_japanese_and_no_wider_than_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, status: str
+) -> None:
+    monkeypatch.setenv("LANGUAGE", "ja")
+    with terminal() as (stream, screen):
+        fcntl.ioctl(stream, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with monitor(tmp_path / "d.log", stream) as shown:
+            shown.phase_started("starting the appliance", [])
+            screen.read_until(status)
+        screen.read_all()
+    shown_statuses = re.findall(r"\[1/4\][^\x1b]*", screen.seen)
+    assert max(map(columns_of, shown_statuses)) < columns
 
 
 def test_no_status_line_breaks_into_an_unfinished_line(tmp_path: Path) -> None:

@@ -38,7 +38,6 @@ _STARTING_SANDBOX = "starting the sandbox"
 _COPYING_TO_HOST = "copying the tree to the host"
 _COPYING_BACK = "copying back what has changed"
 _MAKING_BUILD_DISK = "making the build disk"
-_WRITING = "writing"
 _SUMMING = "computing checksums"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _MANIFESTS = "dib-manifests"
@@ -102,7 +101,7 @@ def _steps(plan: BuildPlan) -> int:
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
     copying = 2 if plan.facts.on_host is not None and Phase.EXTRA_DATA in phases else 0
     more = bool(plan.spec.extra_packages) + bool(plan.image_cache) + copying
-    steps = [*disk_stage.STEPS, _WRITING, *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
+    steps = [*disk_stage.STEPS, "writing", *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
     steps += [_SUMMING] if plan.spec.checksums else []
     return 1 + len(phases) + len(steps) + more
 
@@ -216,7 +215,7 @@ class _Build:
         for choice in formats.choices(self._plan.formats):
             self._monitor.message(choice)
         archive = None if self._archive_disk is None else self._archive_disk.path
-        with self._phases.step(f"{_WRITING} {', '.join(output.name for output in self._plan.formats)}"):
+        with self._phases.step(f"writing {', '.join(output.name for output in self._plan.formats)}"):
             outputs.convert(self._plan.formats, formats.Sources(disk=self._image_disk.path, archive=archive))
         if outputs.engine is not None:
             self._monitor.message(f"docker: imported to {outputs.engine}, for {self._plan.spec.docker_target}")

@@ -23,7 +23,7 @@ from virt_dib import events
 from virt_dib.errors import Interrupted, ToolError, VirtDibError
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Phase
-from virt_dib.terminal import AUTOMATIC, Style, coloured, columns_of, is_terminal, terminal_columns
+from virt_dib.terminal import AUTOMATIC, Style, coloured, columns_of, cut, is_terminal, padded, terminal_columns
 from virt_dib.translation import translated
 
 _TAIL_BYTES = 64 * 1024
@@ -224,12 +224,7 @@ class _Screen:
         if not self._at_line_start:
             return
         width = max(1, terminal_columns(self._stream) - 1)
-        # One column per character, whatever the terminal's idea of wide ones.
-        left = left.encode("ascii", "replace").decode()
-        room = width - len(right) - 2
-        if len(left) > room:
-            left = left[: max(0, room - 3)] + "..."
-        text = f"{left}  {right}"[:width]
+        text = cut(f"{cut(left, width - len(right) - 2)}  {right}", width)
         if text != self._status:
             self._put(self._erasing() + (coloured(text, _BOLD) if self._style.colours(self._stream) else text))
             self._status = text
@@ -595,9 +590,11 @@ class Display:
                     self._screen.show_status(*self._status(self._phase))
 
     def _status(self, phase: events.PhaseStarted) -> tuple[str, str]:
-        position = f"[{phase.number}/{phase.total}] {one_line(phase.title)}"
+        position = f"[{phase.number}/{phase.total}] {one_line(translated(phase.title))}"
         if self._script is not None:
-            position += f"  {self._script.number}/{self._script.total} {one_line(self._script.name)}"
+            # One column per character of a name that is not ours, whatever the terminal's idea of wide ones.
+            name = one_line(self._script.name).encode("ascii", "replace").decode()
+            position += f"  {self._script.number}/{self._script.total} {name}"
         return position, _clock(time.monotonic() - self._begun)
 
 
@@ -647,7 +644,7 @@ def _aligned(rows: Sequence[tuple[str, ...]], *, right: int | None) -> list[str]
     widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            " " * (width - columns_of(cell)) + cell if index == right else cell + " " * (width - columns_of(cell))
+            " " * (width - columns_of(cell)) + cell if index == right else padded(cell, width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
