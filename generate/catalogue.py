@@ -107,8 +107,7 @@ class _Module:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 part = isinstance(scope, ast.FunctionDef) and scope.name == "_line"
                 if isinstance(target, ast.Name) and (part or _CONSTANTS.fullmatch(target.id)):
-                    held = {ast.Dict: "keys", ast.Tuple: "elts"}.get(type(node.value))
-                    for value in getattr(node.value, held) if held else [node.value]:
+                    for value in _held(node.value):
                         yield from self._told(scope, value)
             yield from self._in(scope, node)
 
@@ -145,6 +144,13 @@ class _Module:
         for node in itertools.chain(ast.walk(scope), self._tree.body if scope is not self._tree else ()):
             if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
                 yield node.value
+
+
+def _held(value: ast.expr) -> list[ast.expr]:
+    """What a constant is or holds."""
+    if isinstance(value, ast.Dict):
+        return [part for part in (*value.keys, *value.values) if part is not None]
+    return value.elts if isinstance(value, ast.Tuple) else [value]
 
 
 def _named(value: ast.expr) -> str:

@@ -142,6 +142,7 @@ def test_encrypted_and_damaged_qcow2_images(tmp_path: Path) -> None:
         path.write_bytes(good.read_bytes())
         patch(path, offset, data)
         assert reason in refusal(path)
+        assert str(path) not in refusal(path)
     short = tmp_path / "short"
     short.write_bytes(good.read_bytes()[:50])
     assert refusal(short) == "it is not a qcow2 image"

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from helpers import Run, make_element, skip_without, virt_dib
-from virt_dib import tools
+from virt_dib import api, events, staging, tools
+from virt_dib.errors import ToolError
 from virt_dib.spec import Phase
 
 OLD = "an image of an earlier build"
@@ -293,6 +294,24 @@ def test_nothing_is_built_without_elements(tmp_path: Path) -> None:
     run = virt_dib([], cwd=tmp_path)
     assert run.exit_status == 2
     assert "debian-minimal" in " ".join(hints(run))
+
+
+@pytest.mark.full
+def test_an_output_directory_that_is_removed_in_the_middle(element_dir: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+
+    def remove(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and output_dir.exists():
+            staging.remove_tree(output_dir)
+
+    spec = api.BuildSpec(
+        name="x", output_dir=output_dir, elements=("tiny-os",), element_paths=(element_dir,), skip_base=True
+    )
+    with pytest.raises(ToolError, match="the directory has been removed meanwhile") as caught:
+        api.build_image(spec, options=api.RunOptions(isolation=api.Isolation.SANDBOX), listener=remove)
+    assert caught.value.problems[0].hint
 
 
 # ---- what is shown ----

@@ -78,6 +78,15 @@ def test_options_that_qemu_img_refuses(tmp_path: Path, names: str, options: str,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_options_are_listed_is_told_of_each_format(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_options(["vhd", "raw", "qcow2"], "foo=1", tmp_path / "scratch")
+    commands = "qemu-img create -f vpc -o help; qemu-img create -f qcow2 -o help"
+    assert caught.value.problems[0].hint == f"what there is: {commands}"
+    for command in commands.split("; "):
+        assert "Supported options:" in tools.run([*command.split(), "x"], doing="asking", cwd=tmp_path).stdout
+
+
 def test_zstd_is_tried_with_the_options(tmp_path: Path) -> None:
     check_options(["qcow2"], "", tmp_path / "scratch", compression="zstd")
     with pytest.raises(UsageError, match=r"cannot use 'compat=0\.10' as --qemu-img-options for qcow2: "):

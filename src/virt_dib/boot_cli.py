@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from virt_dib import boot, kvm
+from virt_dib import boot, kvm, tools
 from virt_dib.boot import BootResult, Firmware
 from virt_dib.cli import report_errors
 from virt_dib.errors import VirtDibError
@@ -138,6 +138,7 @@ def _mebibytes(text: str) -> int:
 
 
 def _test(options: argparse.Namespace) -> int:
+    tools.require_working_directory()
     with interrupts():
         return _boot(options)
 

@@ -16,7 +16,16 @@ from virt_dib import disk_stage, drive, extra_data, formats, kvm, layout, networ
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage, Lengths
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError, VirtDibError
+from virt_dib.errors import (
+    ApplianceError,
+    PrerequisiteError,
+    Problem,
+    ScriptError,
+    ToolError,
+    UsageError,
+    VirtDibError,
+    reason_of,
+)
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, cancellable
@@ -83,6 +92,7 @@ def build_image(
 
 
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
+    tools.require_working_directory()
     log_path = spec.output_dir / f"{spec.name}.log"
     with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, problems, options)
@@ -125,6 +135,7 @@ def plan_image(spec: BuildSpec, *, options: RunOptions = RunOptions()) -> ImageP
     Raises:
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
+    tools.require_working_directory()
     with open_workspace() as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, (), options)
         return ImagePlan(
@@ -149,13 +160,25 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT and _is_gone(output_dir):
+            raise ToolError(
+                f"writing the files of the build in '{output_dir}': the directory has been removed meanwhile",
+                hint="build again, and leave it where it is",
+            ) from error
         if error.errno not in _HOST_ERRORS:
             raise
         raise ToolError(
-            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {error.strerror}"
-            + (f": '{error.filename}'" if error.filename else ""),
+            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {reason_of(error)}",
             hint="make room there; TMPDIR names another directory for the disks of a build",
         ) from error
+
+
+def _is_gone(directory: Path) -> bool:
+    """Whether it has been removed; the current one is still there then, but has no name any more."""
+    try:
+        return directory.stat().st_nlink == 0
+    except FileNotFoundError:
+        return True
 
 
 class _Build:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
+from virt_dib import tools
 from virt_dib.command_line import CommandLine, parse
 from virt_dib.errors import Interrupted, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
@@ -84,6 +85,7 @@ def _list_elements(command: CommandLine) -> int:
         raise UsageError.of(command.problems)
     from virt_dib import plan  # noqa: PLC0415 - as in _build
 
+    tools.require_working_directory()
     # DIB takes any directory for an element; these are nobody's choice.
     names = [name for name in sorted(plan.find_elements(command.spec)) if not name.startswith(("_", "."))]
     write_out(sys.stdout, "".join(f"{printable(name)}\n" for name in names))

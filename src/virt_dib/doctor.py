@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from virt_dib import cli, prerequisites
+from virt_dib import cli, prerequisites, tools
 from virt_dib.interrupts import interrupts
 from virt_dib.monitor import printable, write_out
 from virt_dib.prerequisites import Check
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_parser().parse_args(argv)
 
     def examine() -> int:
+        tools.require_working_directory()
         with interrupts():
             results = prerequisites.check_host()
         write_out(sys.stdout, table(results, colour=AUTOMATIC.colours(sys.stdout)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from virt_dib import environment as contract
 from virt_dib import image_cache, staging
-from virt_dib.errors import ApplianceError, ScriptError
+from virt_dib.errors import ApplianceError, ScriptError, reason_of
 from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place, Runner
 from virt_dib.monitor import one_line
@@ -88,7 +88,7 @@ def _keep_cache(cache: ImageCache, phases: Phases, place: Place, since: Sequence
             monitor.warning(f"what the elements cached is not kept: {error}")
             return
         except OSError as error:
-            monitor.warning(f"what the elements cached is not kept: '{error.filename}': {error.strerror}")
+            monitor.warning(f"what the elements cached is not kept: {reason_of(error)}")
             return
     if received.entries:
         names = [one_line(name) for name in received.entries[:_MOST_NAMES]]
