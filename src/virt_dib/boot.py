@@ -24,7 +24,7 @@ from pathlib import Path
 from virt_dib import kvm, tools
 from virt_dib.disk_images import HEAD_BYTES, format_by, qcow2_header
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
-from virt_dib.monitor import Sanitiser
+from virt_dib.plain_text import Sanitiser
 
 FORMATS = ("raw", "qcow2")
 DEFAULT_EXPECT = r"login:"

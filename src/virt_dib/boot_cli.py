@@ -14,7 +14,7 @@ from virt_dib.boot import BootResult, Firmware
 from virt_dib.cli import report_errors
 from virt_dib.errors import VirtDibError
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import printable, write_out
+from virt_dib.plain_text import printable, write_out
 from virt_dib.supermin import cache_dir
 from virt_dib.translation import translated
 from virt_dib.usage import Parser

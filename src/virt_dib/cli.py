@@ -13,8 +13,9 @@ from virt_dib.errors import Interrupted, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
 from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
-from virt_dib.monitor import Display, one_line, printable, summary, write_out
+from virt_dib.monitor import Display, summary
 from virt_dib.options import PROG
+from virt_dib.plain_text import one_line, printable, write_out
 from virt_dib.report import BuildReport
 from virt_dib.terminal import AUTOMATIC, Style
 from virt_dib.translation import translated

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from virt_dib import cli, prerequisites, tools
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import printable, write_out
+from virt_dib.plain_text import printable, write_out
 from virt_dib.prerequisites import Check
 from virt_dib.terminal import AUTOMATIC, coloured, columns_of, padded
 from virt_dib.translation import translated

@@ -12,8 +12,8 @@ from virt_dib import image_cache, staging
 from virt_dib.errors import ApplianceError, ScriptError, reason_of
 from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place, Runner
-from virt_dib.monitor import one_line
 from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script
+from virt_dib.plain_text import one_line
 from virt_dib.plan import BuildPlan
 from virt_dib.spec import TREE_PHASES, Phase, Where
 
