@@ -250,6 +250,7 @@ SHOW = '#!/bin/bash\necho "offline: [$DIB_OFFLINE], interfaces: [$(cd /sys/class
 FETCH = "busybox wget http://nowhere.invalid/ || status=$?; for i in {1..20}; do echo retry; done; exit $status\n"
 
 
+@pytest.mark.option("--no-network")
 @pytest.mark.appliance
 @pytest.mark.parametrize(
     ("where", "shown"),

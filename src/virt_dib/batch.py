@@ -23,7 +23,7 @@ from virt_dib import tools
 from virt_dib.errors import Interrupted, Problem, ToolError
 from virt_dib.image_file import ImageRequest
 from virt_dib.interrupts import shielded
-from virt_dib.monitor import Sanitiser, one_line, write_out
+from virt_dib.plain_text import Sanitiser, one_line, write_out
 
 COMMAND = (sys.executable, *(("-P",) if sys.version_info >= (3, 11) else ()), "-m", "virt_dib.dib_cli")
 """What builds one image. -P: a file of the working directory is never taken for a module."""

@@ -16,7 +16,16 @@ from virt_dib import disk_stage, drive, extra_data, formats, kvm, layout, networ
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.disk_stage import DiskStage, Lengths
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError, VirtDibError
+from virt_dib.errors import (
+    ApplianceError,
+    PrerequisiteError,
+    Problem,
+    ScriptError,
+    ToolError,
+    UsageError,
+    VirtDibError,
+    reason_of,
+)
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
@@ -38,7 +47,6 @@ _STARTING_SANDBOX = "starting the sandbox"
 _COPYING_TO_HOST = "copying the tree to the host"
 _COPYING_BACK = "copying back what has changed"
 _MAKING_BUILD_DISK = "making the build disk"
-_WRITING = "writing"
 _SUMMING = "computing checksums"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _MANIFESTS = "dib-manifests"
@@ -100,6 +108,7 @@ def _too_long(timeout_s: float | None, monitor: BuildMonitor) -> VirtDibError:
 
 
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
+    tools.require_working_directory()
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, problems, options)
         lasting = spec.drop_in is None
@@ -120,7 +129,7 @@ def _steps(plan: BuildPlan) -> int:
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
     copying = 2 if plan.facts.on_host is not None and Phase.EXTRA_DATA in phases else 0
     more = bool(plan.spec.extra_packages) + bool(plan.image_cache) + copying
-    steps = [*disk_stage.STEPS, _WRITING, *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
+    steps = [*disk_stage.STEPS, "writing", *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
     steps += [_SUMMING] if plan.spec.checksums else []
     return 1 + len(phases) + len(steps) + more
 
@@ -146,6 +155,7 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
     Raises:
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
+    tools.require_working_directory()
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, problems, options)
         return ImagePlan(
@@ -170,13 +180,25 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT and _is_gone(output_dir):
+            raise ToolError(
+                f"writing the files of the build in '{output_dir}': the directory has been removed meanwhile",
+                hint="build again, and leave it where it is",
+            ) from error
         if error.errno not in _HOST_ERRORS:
             raise
         raise ToolError(
-            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {error.strerror}"
-            + (f": '{error.filename}'" if error.filename else ""),
+            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {reason_of(error)}",
             hint="make room there; TMPDIR names another directory for the disks of a build",
         ) from error
+
+
+def _is_gone(directory: Path) -> bool:
+    """Whether it has been removed; the current one is still there then, but has no name any more."""
+    try:
+        return directory.stat().st_nlink == 0
+    except FileNotFoundError:
+        return True
 
 
 class _Build:
@@ -241,7 +263,7 @@ class _Build:
         for choice in formats.choices(self._plan.formats):
             self._monitor.message(choice)
         archive = None if self._archive_disk is None else self._archive_disk.path
-        with self._phases.step(f"{_WRITING} {', '.join(output.name for output in self._plan.formats)}"):
+        with self._phases.step(f"writing {', '.join(output.name for output in self._plan.formats)}"):
             outputs.convert(self._plan.formats, formats.Sources(disk=self._image_disk.path, archive=archive))
         if outputs.engine is not None:
             self._monitor.message(f"docker: imported to {outputs.engine}, for {self._plan.spec.docker_target}")

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from virt_dib import kvm
 from virt_dib.errors import Problem, UsageError
-from virt_dib.monitor import printable
 from virt_dib.options import BY_NAME, GROUPS, OFFERS, PROG, Given, Offer, Takes, closest
+from virt_dib.plain_text import printable
 
 if sys.version_info >= (3, 11):
     import tomllib

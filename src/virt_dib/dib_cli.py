@@ -14,7 +14,7 @@ from virt_dib.dib_command import DibCommand
 from virt_dib.dib_output import DibOutput
 from virt_dib.errors import Interrupted, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import write_out
+from virt_dib.plain_text import write_out
 from virt_dib.releases import Rules
 from virt_dib.spec import BuildSpec
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from virt_dib.cli import report_errors
 from virt_dib.errors import Problem, ToolError, UsageError
-from virt_dib.monitor import printable, write_out
+from virt_dib.plain_text import printable, write_out
 
 _PROG = "virt-dib-links"
 NAMES = ("disk-image-create", "ramdisk-image-create", "diskimage-builder")

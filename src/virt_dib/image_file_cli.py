@@ -18,8 +18,8 @@ from virt_dib.cli import report_errors
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
 from virt_dib.image_file import KEYS, ImageRequest, Images, Key, Kind
 from virt_dib.interrupts import interrupts, shielded
-from virt_dib.monitor import one_line, write_out
 from virt_dib.options import closest
+from virt_dib.plain_text import one_line, write_out
 from virt_dib.translation import translated
 
 PROG = "virt-diskimage-builder"

@@ -17,8 +17,8 @@ from virt_dib import formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
 from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
-from virt_dib.terminal import fold
 from virt_dib.translation import translated
+from virt_dib.usage import HelpFormatter
 
 PROG = "virt-dib"
 _USAGE = "virt-dib [options] ELEMENT..."
@@ -345,7 +345,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=translated(_DESCRIPTION),
         epilog=translated(_EPILOG),
         add_help=False,
-        formatter_class=_Help,
+        formatter_class=HelpFormatter,
     )
     for title, options in GROUPS.items():
         group = parser.add_argument_group(translated(title))
@@ -358,28 +358,6 @@ def build_parser() -> argparse.ArgumentParser:
             else:
                 group.add_argument(*option.names, action="store_true", help=translated(option.help))
     return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Leaves the width of wide characters, and the words around, to the rest of virt-dib."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return fold(text, width).split("\n")
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == "?":
-            # The next word is not its value.
-            return f"{', '.join(action.option_strings)}[={action.metavar}]"
-        return super()._format_action_invocation(action)
-
-    def add_usage(
-        self,
-        usage: str | None,
-        actions: Iterable[argparse.Action],
-        groups: Iterable[argparse._MutuallyExclusiveGroup],
-        prefix: str | None = None,
-    ) -> None:
-        super().add_usage(usage, actions, groups, translated("usage: ") if prefix is None else prefix)
 
 
 def listed_names(*, short: bool, long: bool) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib.errors import PrerequisiteError, ToolError
+from virt_dib.errors import PrerequisiteError, ToolError, UsageError
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 
 TOGETHER = subprocess.STDOUT
@@ -45,6 +45,21 @@ class Command:
     stdin: Path | None = None
     stdout: Path | None = None
     """A file to make; otherwise the output is in the result."""
+
+
+def require_working_directory() -> None:
+    """Refuse to work in a directory that was removed: relative paths lead nowhere, and programs complain.
+
+    Raises:
+        UsageError: it was.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"cannot work in the current directory, which has been removed: {error.strerror}",
+            hint="change to a directory that exists, and run it again there",
+        ) from error
 
 
 def find(name: str) -> Path | None:
