@@ -38,6 +38,7 @@ _ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "_flag": ((2,), ()),
     "_value": ((3,), ()),
     "_values": ((3,), ()),
+    "_switch": ((2, 3), ()),
     "_choice": ((0,), ()),
     "message": ((0,), ()),
     "warning": ((0,), ()),

@@ -24,10 +24,11 @@ settings.load_profile("no-deadline")
 
 
 def pytest_configure() -> None:
-    """Take back what is this machine's: a language, and ignored signals, as of nohup, which children inherit."""
+    """Take back what is this machine's: a language, settings, and ignored signals, as of nohup, which are inherited."""
     for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
         os.environ.pop(name, None)
     os.environ["LC_ALL"] = "C.UTF-8"
+    os.environ["VIRT_DIB_CONFIG"] = os.devnull
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -299,12 +299,12 @@ def test_bad_value_leaves_the_default_so_that_the_rest_can_be_checked() -> None:
 
 def test_bad_variable_for_isolation_is_a_problem_that_names_it() -> None:
     assert problems_of(environment={"VIRT_DIB_ISOLATION": "chroot"}) == [
-        "unknown value of the variable VIRT_DIB_ISOLATION 'chroot'"
+        "in VIRT_DIB_ISOLATION: unknown value of --isolation 'chroot'"
     ]
 
 
 def test_bad_variable_for_kvm_is_a_problem_that_names_it() -> None:
-    assert problems_of(environment={"VIRT_DIB_KVM": "yes"}) == ["cannot use 'yes' as the value of VIRT_DIB_KVM"]
+    assert problems_of(environment={"VIRT_DIB_KVM": "yes"}) == ["in VIRT_DIB_KVM: unknown value of --kvm 'yes'"]
 
 
 @pytest.mark.parametrize(

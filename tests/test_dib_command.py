@@ -11,7 +11,7 @@ import pytest
 
 from virt_dib import dib_cli, dib_command
 from virt_dib.dib_command import DibCommand
-from virt_dib.spec import BuildSpec, host_arch
+from virt_dib.spec import BuildSpec, Isolation, host_arch
 
 HOME = {"HOME": "/home/u"}
 
@@ -139,6 +139,16 @@ def test_variables(variable: str, value: str, field: str, expected: object) -> N
     assert getattr(right(["e"], HOME | {variable: value}), field) == expected
 
 
+def test_settings_of_virt_dib(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('isolation = "sandbox"\nmemsize = 3000\nimage-cache = "cache"\n')
+    command = parsed(["--config", f"{tmp_path}/c.toml", "e"], HOME | {"VIRT_DIB_MEMSIZE": "4000"})
+    assert command.problems == ()
+    assert command.options.isolation is Isolation.SANDBOX
+    assert (command.spec.memory_mib, command.spec.image_cache) == (4000, tmp_path / "cache")
+    (problem,) = parsed(["e"], HOME | {"VIRT_DIB_MEMSISE": "4000"}).problems
+    assert "VIRT_DIB_MEMSIZE" in (problem.hint or "")
+
+
 def test_options_win_over_variables() -> None:
     environ = HOME | {"ARCH": "armhf", "IMAGE_NAME": "n", "ROOT_LABEL": "r", "DIB_IMAGE_CACHE": "/c"}
     spec = right(["-a", "arm64", "-o", "m", "--root-label", "s", "--image-cache", "/d", "e"], environ)
@@ -193,6 +203,15 @@ def test_the_environment_reaches_the_elements() -> None:
     }  # fmt: skip
 
 
+def test_a_strict_environment() -> None:
+    environ = HOME | {"DIB_RELEASE": "trixie", "ANYTHING": "a b", "http_proxy": "http://p", "FS_TYPE": "xfs"}
+    strict = right(["e"], environ | {"VIRT_DIB_ENVIRONMENT": "strict"})
+    assert dict(strict.variables) == {"DIB_RELEASE": "trixie", "FS_TYPE": "xfs"}
+    assert right(["e"], environ | {"VIRT_DIB_ENVIRONMENT": "inherit"}) == right(["e"], environ)
+    (problem,) = parsed(["e"], environ | {"VIRT_DIB_ENVIRONMENT": "Strict"}).problems
+    assert problem.hint == "choose from inherit, strict"
+
+
 @pytest.mark.parametrize(("arguments", "environ"), [(["-c"], {}), ([], {"CLEAR_ENV": "1"})])
 def test_a_clear_environment(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     environ = {**HOME, "DIB_RELEASE": "trixie", "ARCH": "armhf", "ELEMENTS_PATH": "/a", **environ}
@@ -216,8 +235,8 @@ def test_ramdisks() -> None:
 
 def test_places_of_this_run() -> None:
     command = parsed(["--logfile", "l", "e"], HOME | {"TMP_DIR": "/t"})
-    assert (command.log, command.temporary_dir) == (Path("l"), Path("/t"))
-    assert (parsed(["e"]).log, parsed(["e"]).temporary_dir) == (None, None)
+    assert (command.output.log_path, command.temporary_dir) == ("l", Path("/t"))
+    assert (parsed(["e"]).output.log_path, parsed(["e"]).temporary_dir) == (None, None)
 
 
 @pytest.mark.parametrize(

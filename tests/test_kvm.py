@@ -252,30 +252,21 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(host: Host) -> None:
 @pytest.mark.parametrize(
     ("environ", "wanted"),
     [
-        ({}, "auto"),
-        ({"VIRT_DIB_KVM": ""}, "auto"),
-        ({"VIRT_DIB_KVM": "on"}, "on"),
-        ({"VIRT_DIB_KVM": "off"}, "off"),
+        ({}, None),
+        ({"LIBGUESTFS_BACKEND_SETTINGS": ""}, None),
         ({"LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}, "off"),
         ({"LIBGUESTFS_BACKEND_SETTINGS": "force_kvm"}, "on"),
         ({"LIBGUESTFS_BACKEND_SETTINGS": "gdb:force_tcg=1"}, "off"),
-        ({"LIBGUESTFS_BACKEND_SETTINGS": "network_bridge=virbr0", "VIRT_DIB_KVM": "on"}, "on"),
-        ({"LIBGUESTFS_BACKEND_SETTINGS": "force_tcg", "VIRT_DIB_KVM": "on"}, "off"),
+        ({"LIBGUESTFS_BACKEND_SETTINGS": "network_bridge=virbr0"}, None),
     ],
 )
-def test_what_the_environment_asks_for(environ: dict[str, str], wanted: str) -> None:
-    assert kvm.wanted_from_environment(environ) == wanted
+def test_what_the_settings_of_libguestfs_force(environ: dict[str, str], wanted: str | None) -> None:
+    assert kvm.forced_by_libguestfs(environ) == wanted
 
 
 def test_libguestfs_settings_that_contradict_each_other() -> None:
     with pytest.raises(UsageError, match="force_kvm and force_tcg"):
-        kvm.wanted_from_environment({"LIBGUESTFS_BACKEND_SETTINGS": "force_kvm:force_tcg"})
-
-
-def test_an_unknown_value() -> None:
-    with pytest.raises(UsageError, match="'yes'") as caught:
-        kvm.wanted_from_environment({"VIRT_DIB_KVM": "yes"})
-    assert caught.value.problems[0].hint == "set it to one of auto, on, off"
+        kvm.forced_by_libguestfs({"LIBGUESTFS_BACKEND_SETTINGS": "force_kvm:force_tcg"})
 
 
 # ---- the host's kernels ----

@@ -20,8 +20,6 @@ import ext4
 from helpers import ISOLATIONS, files_in_image, make_element, skip_without, virt_dib
 from virt_dib import tools
 
-pytestmark = pytest.mark.appliance
-
 MIB = 1024**2
 ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 CUSTOM = """
@@ -323,10 +321,17 @@ def described(image: Path, sector_bytes: int) -> list[tuple[str, object]]:
     return found
 
 
-BOTH = pytest.mark.parametrize("isolation", ISOLATIONS)
+QUICK_LAYOUTS = ("mbr", "efi", "several")
+"""Those that each run of the tests builds in both isolations; the others have their turn in 'make test-full'."""
 
 
-@BOTH
+def isolations(*quick: str) -> pytest.MarkDecorator:
+    """Both; those of *quick* in each run of the tests."""
+    marks = {name: pytest.mark.appliance if name in quick else pytest.mark.full for name in ISOLATIONS}
+    return pytest.mark.parametrize("isolation", [pytest.param(name, marks=mark) for name, mark in marks.items()])
+
+
+@isolations(*ISOLATIONS)
 def test_mbr(disk: BuildDisk, isolation: str) -> None:
     image = disk("mbr", isolation)
     partitions = table(image)["partitions"]
@@ -338,7 +343,7 @@ def test_mbr(disk: BuildDisk, isolation: str) -> None:
     assert image.stat().st_size == 1024 * MIB
 
 
-@BOTH
+@isolations()
 def test_gpt(disk: BuildDisk, isolation: str) -> None:
     image = disk("gpt", isolation)
     assert table(image)["label"] == "gpt"
@@ -348,7 +353,7 @@ def test_gpt(disk: BuildDisk, isolation: str) -> None:
     assert root.text("/.top-level-dot-file") == "dot file\n"
 
 
-@BOTH
+@isolations(*ISOLATIONS)
 def test_efi(disk: BuildDisk, isolation: str) -> None:
     image = disk("efi", isolation)
     partitions = table(image)["partitions"]
@@ -365,7 +370,7 @@ def test_efi(disk: BuildDisk, isolation: str) -> None:
     assert root.names("/boot/efi") == []
 
 
-@BOTH
+@isolations()
 def test_efi_with_4096_byte_sectors(disk: BuildDisk, isolation: str) -> None:
     image = disk("efi-4k", isolation)
     partitions = table(image, 4096)["partitions"]
@@ -374,6 +379,7 @@ def test_efi_with_4096_byte_sectors(disk: BuildDisk, isolation: str) -> None:
     assert root.text("/etc/spread/file") == "root\n"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isolation", ["sandbox"])
 def test_efi_lvm(disk: BuildDisk, isolation: str) -> None:
     image = disk("efi-lvm", isolation)
@@ -384,7 +390,7 @@ def test_efi_lvm(disk: BuildDisk, isolation: str) -> None:
     assert esp_file(image, partitions[0]["start"] * 512, "/EFI/BOOT/file") == b"boot\n"
 
 
-@BOTH
+@isolations()
 def test_custom_configuration(disk: BuildDisk, isolation: str) -> None:
     image = disk("custom", isolation)
     partitions = table(image)["partitions"]
@@ -400,7 +406,7 @@ def test_custom_configuration(disk: BuildDisk, isolation: str) -> None:
     assert root.names("/var") == []
 
 
-@BOTH
+@isolations(*ISOLATIONS)
 def test_a_tar_has_all_file_systems(disk: BuildDisk, isolation: str) -> None:
     with tarfile.open(disk("several", isolation).with_suffix(".tar")) as archive:
         members = {member.name: member for member in archive}
@@ -419,7 +425,7 @@ def test_a_tar_has_all_file_systems(disk: BuildDisk, isolation: str) -> None:
     assert "./etc/fstab" in members
 
 
-@BOTH
+@isolations(*ISOLATIONS)
 def test_each_file_system_has_its_part_of_the_tree(disk: BuildDisk, isolation: str) -> None:
     image = disk("several", isolation)
     offsets = {partition["name"]: partition["start"] * 512 for partition in table(image)["partitions"]}
@@ -450,7 +456,7 @@ def test_each_file_system_has_its_part_of_the_tree(disk: BuildDisk, isolation: s
     assert modes == {"root": (0o40755, 0, 0), "var": (0o40711, 12, 34), "log": (0o42775, 0, 4)}
 
 
-@BOTH
+@isolations("sandbox")
 def test_xfs(disk: BuildDisk, isolation: str) -> None:
     image = disk("xfs", isolation)
     assert (kind(image, 0)["TYPE"], kind(image, 0)["LABEL"]) == ("xfs", "img-rootfs")
@@ -461,7 +467,13 @@ def test_xfs(disk: BuildDisk, isolation: str) -> None:
     assert "core.uid = 65535" in entries["/etc/spread/hard"]
 
 
-@pytest.mark.parametrize("layout", COMPARED)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(name, marks=pytest.mark.appliance if name in QUICK_LAYOUTS else pytest.mark.full)
+        for name in COMPARED
+    ],
+)
 def test_both_isolations_make_the_same_disk(disk: BuildDisk, layout: str) -> None:
     vm, sandbox = (described(disk(layout, isolation), LAYOUTS[layout].sector_bytes) for isolation in ISOLATIONS)
     # Of each there are hundreds, above all the files.
@@ -471,7 +483,7 @@ def test_both_isolations_make_the_same_disk(disk: BuildDisk, layout: str) -> Non
     assert len(vm) == len(sandbox)
 
 
-@BOTH
+@isolations("sandbox")
 def test_size_auto_follows_dibs_rule(element_dir: Path, tmp_path: Path, isolation: str) -> None:
     files_mib = 150
     script = f"#!/bin/bash\nset -e\ndd if=/dev/urandom bs=1M count={files_mib} of=/big\n"
@@ -484,7 +496,7 @@ def test_size_auto_follows_dibs_rule(element_dir: Path, tmp_path: Path, isolatio
     assert ext4.complaints(image) == ""
 
 
-@BOTH
+@isolations("sandbox")
 def test_a_gigabyte_of_files_in_a_large_disk_stays_small(element_dir: Path, tmp_path: Path, isolation: str) -> None:
     write = "dd if=/dev/urandom bs=1M count=1024"
     script = f"#!/bin/bash\nset -e\n{write} of=/big\n{write} of=/gone\nrm /gone\n"

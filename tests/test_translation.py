@@ -26,7 +26,7 @@ from virt_dib.terminal import columns_of
 from virt_dib.translation import Catalogue, translated
 
 LANGUAGES = [path.stem for path in sorted(catalogue.PO_DIR.glob("*.po"))]
-FRONT = ("cli", "command_line", "events", "monitor", "options", "spec")
+FRONT = ("cli", "command_line", "configuration", "events", "monitor", "options", "spec")
 """Modules whose messages are translated whole. Of all messages nine in ten are."""
 JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 

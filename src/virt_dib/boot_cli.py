@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from virt_dib import boot, kvm
 from virt_dib.boot import BootResult, Firmware
 from virt_dib.cli import report_errors
+from virt_dib.command_line import wanted_kvm
 from virt_dib.errors import VirtDibError
 from virt_dib.interrupts import interrupts
 from virt_dib.monitor import printable, write_out
@@ -125,7 +125,7 @@ def _test(options: argparse.Namespace) -> int:
 
 
 def _boot(options: argparse.Namespace) -> int:
-    verdict = kvm.choose(wanted=kvm.wanted_from_environment(os.environ), kernel=None, cache_dir=cache_dir())
+    verdict = kvm.choose(wanted=wanted_kvm(), kernel=None, cache_dir=cache_dir())
     accelerate = verdict.acceleration is kvm.Acceleration.KVM
     if options.verbose and not accelerate:
         _print_line(f"emulating the machine, about 15 times slower than with KVM: {verdict.reason}")

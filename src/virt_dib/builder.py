@@ -19,12 +19,12 @@ from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
-from virt_dib.interrupts import Cancellation, cancellable
+from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
 from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import Outputs, open_outputs
-from virt_dib.phases import Phases
+from virt_dib.phases import LAST_LINES, Phases
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult
 from virt_dib.sandbox import open_sandbox
@@ -60,6 +60,10 @@ class RunOptions:
     """Have libguestfs tell what it does, and the appliance what it says on its console."""
     temporary_dir: Path | None = None
     """For the disks of the build; None: TMPDIR or ``/var/tmp``."""
+    timeout_s: float | None = None
+    """How long the build may take; None: as long as it takes."""
+    script_timeout_s: float | None = None
+    """How long one script of an element may take; likewise."""
 
 
 def build_image(
@@ -79,10 +83,20 @@ def build_image(
         Interrupted: *cancellation* was used; likewise.
     """
     monitor = BuildMonitor(listener)
-    with monitor.following(spec), cancellable(cancellation):
+    limit = Limit(options.timeout_s, lambda: _too_long(options.timeout_s, monitor))
+    with monitor.following(spec), cancellable(cancellation), limited(limit):
+        limit.start()
         report = _build(spec, problems, options, monitor)
     monitor.finished(report)
     return report
+
+
+def _too_long(timeout_s: float | None, monitor: BuildMonitor) -> VirtDibError:
+    return ToolError(
+        f"building the image: it has taken longer than {timeout_s:g} s, and is not at its end: {monitor.now}",
+        hint="give it more time with --timeout, or none to end it",
+        details=monitor.tail(LAST_LINES),
+    )
 
 
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
@@ -92,7 +106,8 @@ def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, mo
         log_path = spec.output_dir / f"{spec.name}.log" if lasting else workspace / "build.log"
         with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
-            build = _Build(plan, Phases(plan.hooks.owners, monitor), workspace, options)
+            phases = Phases(plan.hooks.owners, monitor, options.script_timeout_s)
+            build = _Build(plan, phases, workspace, options)
             artifacts = build.run()
     with contextlib.suppress(OSError):  # it was not to last, or somebody tidied it away; the build is good all the same
         log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
@@ -123,14 +138,16 @@ class ImagePlan:
     cpus: int
 
 
-def plan_image(spec: BuildSpec, *, options: RunOptions = RunOptions()) -> ImagePlan:
+def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: RunOptions = RunOptions()) -> ImagePlan:
     """Find out what :func:`build_image` would do, without an appliance or a sandbox and without any file.
+
+    *problems* were found before, as there.
 
     Raises:
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
-        plan = _plan(spec, workspace, (), options)
+        plan = _plan(spec, workspace, problems, options)
         return ImagePlan(
             elements={element.name: element.path for element in plan.elements},
             scripts=tuple(script for phase in Phase for script in plan.hooks.scripts(phase)),
@@ -297,8 +314,9 @@ class _Build:
         if wanted is Isolation.VM and not fast:
             self._monitor.message(f"emulating the appliance, about 15 times slower than with KVM: {verdict.reason}")
             instead = ", with --image-cache instead of --drive" if with_drive else ""
+            sandbox_option = "--isolation sandbox" if self._plan.spec.drop_in is None else "VIRT_DIB_ISOLATION=sandbox"
             self._monitor.message(
-                f"hint: --isolation sandbox runs the elements at native speed{instead}, see docs/isolation.md"
+                f"hint: {sandbox_option} runs the elements at native speed{instead}, see docs/isolation.md"
             )
         return wanted is Isolation.SANDBOX
 

@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
+from virt_dib import configuration
 from virt_dib.command_line import CommandLine, parse
 from virt_dib.errors import Interrupted, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
@@ -56,6 +57,8 @@ def _run(command: CommandLine) -> int:
         return 0
     if command.options.list_elements:
         return _list_elements(command)
+    if command.options.show_config:
+        return _show_config(command)
     options, target = command.options, command.options.machine_readable
     # A stream with lines of JSON has nothing else.
     people = sys.stderr if target == Target(descriptor=STDOUT) else sys.stdout
@@ -90,15 +93,31 @@ def _list_elements(command: CommandLine) -> int:
     return 0
 
 
+def _show_config(command: CommandLine) -> int:
+    if command.problems:
+        raise UsageError.of(command.problems)
+    write_out(sys.stdout, configuration.table(command.in_force, command.settings))
+    return 0
+
+
 def _build(command: CommandLine, listener: Listener) -> BuildReport:
     from virt_dib import api  # noqa: PLC0415 - --help and --version need none of it, and it is slow
 
     options = command.options
-    return api.build_image(
-        command.spec,
-        problems=command.problems,
-        options=api.RunOptions(
-            isolation=options.isolation, kvm=options.kvm, trace=options.trace, verbose=options.verbose
-        ),
-        listener=listener,
-    )
+    try:
+        return api.build_image(
+            command.spec,
+            problems=command.problems,
+            options=api.RunOptions(
+                isolation=options.isolation,
+                kvm=options.kvm,
+                trace=options.trace,
+                verbose=options.verbose,
+                timeout_s=options.timeout_s,
+                script_timeout_s=options.script_timeout_s,
+            ),
+            listener=listener,
+        )
+    except VirtDibError as error:
+        error.problems = configuration.explained(error.problems, command.in_force)
+        raise

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
-from virt_dib import __version__, drive, formats, kvm, tools
+from virt_dib import __version__, configuration, drive, formats, kvm, tools
+from virt_dib.configuration import InForce, Settings
 from virt_dib.errors import Problem, UsageError
 from virt_dib.machine_readable import Target, parse_target
-from virt_dib.options import ISOLATION_VARIABLE, PROG, Given, build_parser, closest, listed_names, sort_words
+from virt_dib.options import PROG, Given, build_parser, closest, listed_names, sort_words
 from virt_dib.spec import (
     CHECKSUMS,
     COMPRESSIONS,
@@ -32,16 +35,21 @@ from virt_dib.spec import (
     check_name,
     check_variable,
     host_arch,
+    parse_duration,
     parse_size,
 )
 from virt_dib.terminal import AUTOMATIC, Style
 
 _T = TypeVar("_T")
 
+_IN_UNITS = {"memory": "memory_mib", "timeout": "timeout_s", "script_timeout": "script_timeout_s"}
+"""Destinations of options, and the fields they become."""
+
 _DEFAULT_NAME = "image"
 _STAND_IN_TARGET: str | None = "image:latest"
 """For a wrong one, so that it is not told as missing, too."""
 _DEFAULT_FS_TYPE = "ext4"
+_SWITCHES = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +62,11 @@ class Options:
     kvm: str = "auto"
     """``auto``, ``on`` or ``off``."""
     isolation: Isolation = Isolation.VM
+    timeout_s: float | None = None
+    script_timeout_s: float | None = None
     style: Style = AUTOMATIC
     list_elements: bool = False
+    show_config: bool = False
     machine_readable: Target | None = None
     """Where events go as JSON."""
     answer: str | None = None
@@ -69,13 +80,17 @@ class CommandLine:
     spec: BuildSpec
     options: Options
     problems: tuple[Problem, ...] = ()
+    in_force: tuple[InForce, ...] = ()
+    """The settings that need not be on the command line, and where they are from."""
+    settings: Settings = field(default_factory=Settings)
+    """Those that are not from the command line, as they were found."""
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> CommandLine:
-    """Read the command line *arguments*; *environment* (the process's own) gives --envvar NAME its values.
+    """Read the command line *arguments*, and in files and *environment* what can be set there, too.
 
-    What is wrong is in the result's problems, not raised, so that it can be told together with what
-    turns out to be wrong later.
+    *environment* is the process's own unless given; it gives --envvar NAME its values, as well. What is wrong
+    is in the result's problems, not raised, so that it can be told together with what turns out to be wrong later.
     """
     given, mistakes = sort_words(arguments)
     return read(given, mistakes, arguments, os.environ if environment is None else environment)
@@ -84,35 +99,81 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
 def read(
     given: Given, mistakes: Iterable[Problem], arguments: Sequence[str], environ: Mapping[str, str]
 ) -> CommandLine:
-    """As :func:`parse`, of words that have been sorted; *mistakes* were found there."""
-    values = _Values(mistakes)
+    """As :func:`parse`, where the words are sorted already: *given* is completed, *mistakes* are told with the rest."""
+    settings = configuration.settings(environ, given.config)
+    origins = configuration.apply(given, settings)
+    values = _Values([*mistakes, *settings.problems], origins)
     options = Options(
         quiet=given.quiet,
         verbose=given.verbose,
         trace=given.trace,
-        kvm=values.take(lambda: _kvm(given.kvm, environ), "auto"),
-        isolation=values.take(lambda: _isolation(given.isolation, environ), Isolation.VM),
+        kvm=values.take(lambda: _kvm(given.kvm), "auto", "kvm"),
+        isolation=values.take(lambda: _isolation(given.isolation), Isolation.VM, "isolation"),
+        timeout_s=values.take(lambda: _duration(given.timeout, "--timeout"), None, "timeout"),
+        script_timeout_s=values.take(
+            lambda: _duration(given.script_timeout, "--script-timeout"), None, "script_timeout"
+        ),
         style=Style(colour=given.colour, wrap=given.wrap),
         list_elements=given.list_elements,
+        show_config=given.show_config,
         machine_readable=values.take(lambda: _target(given.machine_readable), None),
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
-    return CommandLine(spec=spec, options=options, problems=tuple(values.problems))
+    return CommandLine(
+        spec=spec,
+        options=options,
+        problems=tuple(values.problems),
+        in_force=_in_force(spec, options, origins),
+        settings=settings,
+    )
+
+
+def wanted_kvm(environment: Mapping[str, str] | None = None) -> str:
+    """What ``virt-dib`` without ``--kvm`` would do about KVM, for other commands that start machines.
+
+    Raises:
+        UsageError: that is not to be found out, since a setting, not this one perhaps, is wrong.
+    """
+    given = Given()
+    settings = configuration.settings(os.environ if environment is None else environment)
+    values = _Values(settings.problems, configuration.apply(given, settings))
+    wanted = values.take(lambda: _kvm(given.kvm), "auto", "kvm")
+    if values.problems:
+        raise UsageError.of(values.problems)
+    return wanted
+
+
+def _in_force(spec: BuildSpec, options: Options, origins: Mapping[str, str]) -> tuple[InForce, ...]:
+    rows = []
+    for setting in configuration.SETTINGS:
+        name = _IN_UNITS.get(setting.dest, setting.dest)
+        value = getattr(options if name in Options.__slots__ else spec, name)
+        if isinstance(value, enum.Enum):
+            value = value.value
+        elif isinstance(value, bool):
+            value = "on" if value else "off"
+        elif isinstance(value, float):
+            value = f"{value:g}s"
+        text = None if value is None else str(value)
+        rows.append(InForce(key=setting.key, text=text, origin=origins[setting.dest]))
+    return tuple(rows)
 
 
 class _Values:
-    """Takes values, and keeps what is wrong with them."""
+    """Takes values, and keeps what is wrong with them; *origins* are those of the values, by destination."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], origins: Mapping[str, str] = MappingProxyType({})) -> None:
         self.problems = list(problems)
+        self._origins = origins
 
-    def take(self, read: Callable[[], _T], default: _T) -> _T:
-        """What *read* returns, or *default* when the user wrote something else than it wants."""
+    def take(self, read: Callable[[], _T], default: _T, dest: str | None = None) -> _T:
+        """What *read* returns, or *default* when the user wrote something else than it wants, at *dest*."""
         try:
             return read()
         except UsageError as error:
-            self.problems += error.problems
+            origin = self._origins.get(dest or "", configuration.COMMAND_LINE)
+            self.problems += [configuration.placed(origin, problem) for problem in error.problems]
             return default
 
 
@@ -130,23 +191,23 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
     fs_type = values.take(lambda: _choice("file system", asked_fs_type, tuple(LABEL_LIMITS), _DEFAULT_FS_TYPE), "")
     root_label = values.take(lambda: _label(asked(given.root_label, "ROOT_LABEL"), fs_type), None)
     debug = asked(given.debug, "DIB_DEBUG_TRACE")
-    needed = given.machine_readable is None and not given.list_elements
+    needed = given.machine_readable is None and not given.list_elements and not given.show_config
     return BuildSpec(
         name=name,
         output_dir=output_dir,
         elements=values.take(lambda: _elements(given.elements, needed=needed), ()),
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
-        dib_library=values.take(lambda: _path("-B", given.dib_library), None),
-        python=values.take(lambda: _python(given.python), None),
+        dib_library=values.take(lambda: _path("-B", given.dib_library), None, "dib_library"),
+        python=values.take(lambda: _python(given.python), None, "python"),
         formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
         size_bytes=values.take(lambda: _size(given.size, variables), default_size),
         arch=values.take(lambda: _arch(asked(given.arch, "ARCH")), host_arch()),
         variables=variables,
         debug_level=values.take(lambda: _number("debug_level", debug), None) or 0,
-        memory_mib=values.take(lambda: _number("memory_mib", given.memory), None),
-        cpus=values.take(lambda: _number("cpus", given.cpus), None),
-        network=given.network,
-        host_certificates=given.host_certificates,
+        memory_mib=values.take(lambda: _number("memory_mib", given.memory), None, "memory"),
+        cpus=values.take(lambda: _number("cpus", given.cpus), None, "cpus"),
+        network=values.take(lambda: _switch(given.network), True, "network"),  # noqa: FBT003 - the default
+        host_certificates=values.take(lambda: _switch(given.host_certificates), True, "host_certificates"),  # noqa: FBT003
         root_label=root_label if fs_type else None,
         fs_type=fs_type or _DEFAULT_FS_TYPE,
         mkfs_options=values.take(lambda: _mkfs_options(given.mkfs_options), ""),
@@ -159,15 +220,13 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         ),
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
-        drive=values.take(lambda: _path("--drive", given.drive, "disk image"), None),
-        drive_format=values.take(lambda: _drive_format(given.drive_format), None),
-        image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None),
-        extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST),
+        drive=values.take(lambda: _path("--drive", given.drive, "disk image"), None, "drive"),
+        drive_format=values.take(lambda: _drive_format(given.drive_format), None, "drive_format"),
+        image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None, "image_cache"),
+        extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST, "extra_data"),
         delete_on_failure=not given.keep_on_failure,
         compress=not given.uncompressed,
-        compression=values.take(
-            lambda: _choice("compression", given.compression, COMPRESSIONS, COMPRESSIONS[0]), COMPRESSIONS[0]
-        ),
+        compression=values.take(lambda: _compression(given.compression), COMPRESSIONS[0], "compression"),
         qemu_img_options=given.qemu_img_options or "",
         docker_target=values.take(
             lambda: _docker_target(asked(given.docker_target, "DOCKER_TARGET")), _STAND_IN_TARGET
@@ -246,22 +305,33 @@ def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
     return name, value if equals else environ.get(name)
 
 
-def _kvm(text: str | None, environ: Mapping[str, str]) -> str:
-    if text is not None:
-        return _choice("value of --kvm", text, kvm.SETTINGS, "auto")
-    return kvm.wanted_from_environment(environ)
+def _kvm(text: str | None) -> str:
+    return _choice("value of --kvm", text, kvm.SETTINGS, "auto")
 
 
-def _isolation(text: str | None, environ: Mapping[str, str]) -> Isolation:
-    what = "value of --isolation"
-    if text is None and environ.get(ISOLATION_VARIABLE):
-        what, text = f"value of the variable {ISOLATION_VARIABLE}", environ[ISOLATION_VARIABLE]
-    return Isolation(_choice(what, text, [one.value for one in Isolation], Isolation.VM.value))
+def _isolation(text: str | None) -> Isolation:
+    known = [one.value for one in Isolation]
+    return Isolation(_choice("value of --isolation", text, known, Isolation.VM.value))
+
+
+def _switch(text: str | None) -> bool:
+    """On unless it is switched off."""
+    if text is not None and text not in _SWITCHES:
+        raise UsageError(f"cannot use '{text}' as on or off", hint=f"choose from {', '.join(_SWITCHES)}")
+    return text is None or _SWITCHES[text]
+
+
+def _duration(text: str | None, option: str) -> float | None:
+    return None if text is None else parse_duration(text, f"the time of {option}")
 
 
 def _extra_data(text: str | None) -> ExtraData:
     known = [one.value for one in ExtraData]
     return ExtraData(_choice("value of --extra-data", text, known, ExtraData.GUEST.value))
+
+
+def _compression(text: str | None) -> str:
+    return _choice("compression", text, COMPRESSIONS, COMPRESSIONS[0])
 
 
 def _size(text: str | None, variables: Mapping[str, str]) -> int | None:

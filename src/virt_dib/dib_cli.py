@@ -7,12 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from virt_dib import api, dib, dib_command
+from virt_dib import api, dib, dib_command, elements, events
 from virt_dib.cli import report_errors
+from virt_dib.dib import DibInstallation
 from virt_dib.dib_command import DibCommand
-from virt_dib.errors import ScriptError, ToolError, VirtDibError
+from virt_dib.dib_output import DibOutput
+from virt_dib.errors import Interrupted, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import Display, write_out
+from virt_dib.monitor import write_out
+from virt_dib.releases import Rules
+from virt_dib.spec import BuildSpec
 
 _AS_RAMDISK = "--virt-dib-as=ramdisk-image-create"
 """The first argument of those who start this module as a program, instead of a name."""
@@ -38,32 +42,74 @@ def _run(command: DibCommand, prog: str, *, ramdisk: bool) -> int:
         write_out(sys.stdout, dib_command.help_text(prog, ramdisk=ramdisk))
         return 0
     try:
+        installation = dib.find_installation(command.spec.dib_library, command.spec.python)
         if command.version:
-            write_out(sys.stdout, f"{dib.find_installation(None, command.spec.python).version}\n")
+            write_out(sys.stdout, f"{installation.version}\n")
             return 0
-        with interrupts(), Display(sys.stdout) as listener:
-            _make_cache(command)
+        if command.problems or not command.spec.elements:
+            # All that is wrong, without a word of a build that will not be.
+            api.plan_image(command.spec, problems=command.problems)
+            raise UsageError.of(command.problems)
+        return _build(command, installation)
+    except VirtDibError as error:
+        # diskimage-builder has no other status for what is not a script's.
+        error.exit_status = _status(error)
+        raise
+
+
+def _build(command: DibCommand, installation: DibInstallation) -> int:
+    output = command.output
+    display = DibOutput(
+        stream=sys.stdout,
+        timestamps=output.timestamps,
+        quiet=output.quiet,
+        log_path=output.log_path,
+        version=installation.version,
+        elements=_asked_for(command.spec, installation.rules),
+        image_name=command.spec.told_name,
+    )
+    with interrupts(), display:
+        for text in command.messages:
+            display(events.Message(text=text))
+        try:
+            _make_cache(command.spec)
             api.build_image(
                 command.spec,
-                problems=command.problems,
                 options=api.RunOptions(
                     isolation=command.options.isolation,
                     kvm=command.options.kvm,
                     temporary_dir=command.temporary_dir,
+                    timeout_s=command.options.timeout_s,
+                    script_timeout_s=command.options.script_timeout_s,
                 ),
-                listener=listener,
+                listener=display,
             )
-    except VirtDibError as error:
-        # diskimage-builder has no other status for what is not a script's.
-        error.exit_status = error.script_status if isinstance(error, ScriptError) else 1
-        raise
+        except (VirtDibError, Interrupted) as error:
+            if output.quiet:
+                raise
+            # It has been told.
+            return _status(error)
     return 0
 
 
-def _make_cache(command: DibCommand) -> None:
+def _status(error: VirtDibError | Interrupted) -> int:
+    if isinstance(error, Interrupted):
+        return error.exit_status
+    return error.script_status if isinstance(error, ScriptError) else 1
+
+
+def _asked_for(spec: BuildSpec, rules: Rules) -> tuple[str, ...]:
+    return tuple(
+        elements.requested(
+            spec.elements, arch=spec.arch, skip_base=spec.skip_base, ramdisk_element=spec.added_element, rules=rules
+        )
+    )
+
+
+def _make_cache(spec: BuildSpec) -> None:
     """disk-image-create makes the directory of its cache."""
-    cache = command.spec.image_cache
-    if cache is None or command.problems:
+    cache = spec.image_cache
+    if cache is None:
         return
     try:
         cache.mkdir(parents=True, exist_ok=True)

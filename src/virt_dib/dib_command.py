@@ -12,6 +12,8 @@ from pathlib import Path
 
 from virt_dib import environment as contract
 from virt_dib.command_line import Options, read
+from virt_dib.configuration import ENVIRONMENT_VARIABLE
+from virt_dib.dib_output import Settings, from_environment
 from virt_dib.errors import Problem
 from virt_dib.options import Given, Option, Takes, sort_into
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, DropIn
@@ -57,10 +59,18 @@ _OPTIONS = (
     _value("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
     _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
     _value("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
+    _value("--config", "config", "FILE", "take settings of virt-dib from FILE, not from virt-dib/config.toml"),
     _flag("-h --help", "help", "print this"),
     _flag("--version", "version", "print the version of diskimage-builder"),
 )
 _BY_NAME: Mapping[str, Option] = {name: option for option in _OPTIONS for name in option.names}
+
+_INHERIT, _STRICT = "inherit", "strict"
+_READ_BY_DIB = frozenset({
+    "ARCH", "FS_TYPE", "ROOT_LABEL", "MAX_ONLINE_RESIZE", "IMAGE_TYPE", "QEMU_IMG_OPTIONS", "RAMDISK_ELEMENT",
+    "SKIP_BASE", "break", "break_cmd", "break_outside_target",
+})  # fmt: skip
+"""What disk-image-create itself reads, besides ``DIB_*``."""
 
 _WITHOUT_MEANING = {"DIB_MIN_TMPFS": "--min-tmpfs", "DIB_NO_TMPFS": "--no-tmpfs"}
 
@@ -80,7 +90,7 @@ class DibCommand:
     problems: Sequence[Problem]
     messages: Sequence[str]
     """What there is to say of options that mean nothing here."""
-    log: Path | None
+    output: Settings
     temporary_dir: Path | None
     help: bool
     version: bool
@@ -113,14 +123,18 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     given = _DibGiven()
     mistakes = sort_into(given, arguments, _BY_NAME, prog=prog)
     inherited = {} if given.clearing or environ.get("CLEAR_ENV") == "1" else environ
-    log, tracing, variables = given.log, given.tracing, _variables(inherited) | given.variables
+    strict, wrong = _is_strict(environ)
+    mistakes = [*mistakes, *wrong]
+    log, tracing, variables = given.log, given.tracing, _variables(inherited, strict=strict) | given.variables
     image_name = _complete(given, inherited, tracing, ramdisk=ramdisk)
     given.envvars = [f"{name}={value}" for name, value in variables.items()]
     command = read(given, mistakes, arguments, environ)
     overwrite = environ.get("OVERWRITE_OLD_IMAGE", "0")
     drop_in = DropIn(image_name=image_name, working_dir=Path.cwd(), keep_old=not _is_set(overwrite))
     return DibCommand(
-        spec=dataclasses.replace(command.spec, drop_in=drop_in),
+        spec=dataclasses.replace(
+            command.spec, drop_in=drop_in, image_cache=command.spec.image_cache or _default_cache(inherited)
+        ),
         options=command.options,
         problems=command.problems,
         messages=[
@@ -128,7 +142,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
             for name, option in _WITHOUT_MEANING.items()
             if name in given.variables
         ],
-        log=Path(log) if log else None,
+        output=from_environment(environ, log),
         temporary_dir=Path(environ["TMP_DIR"]) if environ.get("TMP_DIR") else None,
         help=given.help,
         version=given.version,
@@ -155,13 +169,26 @@ def help_text(prog: str, *, ramdisk: bool) -> str:
     return parser.format_help()
 
 
-def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+def _variables(environ: Mapping[str, str], *, strict: bool) -> dict[str, str]:
     """What of the caller's environment the elements are to see."""
     return {
         name: value
         for name, value in contract.from_host(environ).items()
-        if name not in _NOT_FOR_ELEMENTS and name not in VARIABLES_OF_BASH
+        if name not in _NOT_FOR_ELEMENTS
+        and name not in VARIABLES_OF_BASH
+        and (not strict or name.startswith("DIB_") or name in _READ_BY_DIB)
     }
+
+
+def _is_strict(environ: Mapping[str, str]) -> tuple[bool, Sequence[Problem]]:
+    """Whether elements see only what diskimage-builder itself reads, and what is wrong with the word for it."""
+    word = environ.get(ENVIRONMENT_VARIABLE) or _INHERIT
+    if word in (_INHERIT, _STRICT):
+        return word == _STRICT, ()
+    problem = Problem(
+        f"unknown value '{word}' of the variable {ENVIRONMENT_VARIABLE}", f"choose from {_INHERIT}, {_STRICT}"
+    )
+    return True, (problem,)
 
 
 def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk: bool) -> str:
@@ -176,7 +203,7 @@ def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk
     given.install_type = given.install_type or environ.get("DIB_DEFAULT_INSTALLTYPE") or None
     given.qemu_img_options = given.qemu_img_options or environ.get("QEMU_IMG_OPTIONS")
     given.fs_type = environ.get("FS_TYPE") or None
-    given.image_cache = given.image_cache or environ.get("DIB_IMAGE_CACHE") or _default_cache(environ)
+    given.image_cache = given.image_cache or environ.get("DIB_IMAGE_CACHE") or None
     traced = environ.get("DIB_DEBUG_TRACE") or "0"
     given.debug = str(int(traced) + tracing) if re.fullmatch("[0-9]{1,6}", traced) else traced
     name = given.name or environ.get("IMAGE_NAME") or _DEFAULT_NAME
@@ -187,9 +214,9 @@ def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk
     return name
 
 
-def _default_cache(environ: Mapping[str, str]) -> str | None:
+def _default_cache(environ: Mapping[str, str]) -> Path | None:
     home = environ.get("HOME")
-    return str(Path(home) / _DEFAULT_CACHE) if home else None
+    return Path(home) / _DEFAULT_CACHE if home else None
 
 
 def _is_set(text: str) -> bool:

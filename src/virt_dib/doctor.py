@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from virt_dib import cli, prerequisites
+from virt_dib import cli, command_line, prerequisites
 from virt_dib.interrupts import interrupts
 from virt_dib.monitor import printable, write_out
 from virt_dib.prerequisites import Check
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def examine() -> int:
         with interrupts():
-            results = prerequisites.check_host()
+            results = prerequisites.check_host(kvm=command_line.wanted_kvm())
         write_out(sys.stdout, table(results, colour=AUTOMATIC.colours(sys.stdout)))
         return 1 if any(check.required and not check.ok for check in results) else 0
 

@@ -418,9 +418,13 @@ def _declared(value: str) -> str:
 
 
 def _whole(environment: Mapping[str, str]) -> dict[str, str]:
-    """The host's environment, as far as bash can have it; its places for temporary files are not there."""
+    """The host's environment, as far as bash can have it, without its places for temporary files and our settings."""
     left_out = VARIABLES_OF_BASH | {"TMP", "TEMP", "TMP_DIR", "_"}
-    return {name: value for name, value in environment.items() if _NAME.fullmatch(name) and name not in left_out}
+    return {
+        name: value
+        for name, value in environment.items()
+        if _NAME.fullmatch(name) and name not in left_out and not name.startswith("VIRT_DIB_")
+    }
 
 
 def from_host(environment: Mapping[str, str]) -> dict[str, str]:

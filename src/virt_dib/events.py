@@ -119,6 +119,14 @@ class PhaseStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EnvironmentSourced(Event):
+    """A file of environment.d is read for the scripts of the phase. Not among the machine-readable events."""
+
+    phase: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScriptStarted(Event):
     """A script of the phase has started."""
 

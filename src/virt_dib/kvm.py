@@ -32,6 +32,7 @@ DEVICE = Path("/dev/kvm")
 TRIAL_LIMIT_S = 10.0
 SETTINGS = ("auto", "on", "off")
 """What may be asked for: a trial, KVM without one, emulation without one."""
+LIBGUESTFS_VARIABLE = "LIBGUESTFS_BACKEND_SETTINGS"
 
 _MEMORY_NAME = "kvm.json"
 _MEMORY_ENTRIES = 20
@@ -90,13 +91,13 @@ _MACHINES = {
 """By ``platform.machine()``."""
 
 
-def wanted_from_environment(environ: Mapping[str, str]) -> str:
-    """One of ``SETTINGS``, from libguestfs's ``LIBGUESTFS_BACKEND_SETTINGS`` or else our ``VIRT_DIB_KVM``.
+def forced_by_libguestfs(environ: Mapping[str, str]) -> str | None:
+    """``on`` or ``off`` where libguestfs's own ``LIBGUESTFS_BACKEND_SETTINGS`` says so.
 
     Raises:
-        UsageError: the two settings of libguestfs contradict each other, or VIRT_DIB_KVM is none of ours.
+        UsageError: it says both.
     """
-    settings = environ.get("LIBGUESTFS_BACKEND_SETTINGS", "").split(":")
+    settings = environ.get(LIBGUESTFS_VARIABLE, "").split(":")
     # libguestfs takes "name" and "name=1" for the same thing.
     forced = {word for word in ("force_tcg", "force_kvm") if word in settings or f"{word}=1" in settings}
     if len(forced) > 1:
@@ -104,14 +105,9 @@ def wanted_from_environment(environ: Mapping[str, str]) -> str:
             "LIBGUESTFS_BACKEND_SETTINGS asks for force_kvm and force_tcg at the same time",
             hint="leave one of them out",
         )
-    if forced:
-        return "on" if "force_kvm" in forced else "off"
-    wanted = environ.get("VIRT_DIB_KVM") or "auto"
-    if wanted not in SETTINGS:
-        raise UsageError(
-            f"cannot use '{wanted}' as the value of VIRT_DIB_KVM", hint=f"set it to one of {', '.join(SETTINGS)}"
-        )
-    return wanted
+    if not forced:
+        return None
+    return "on" if "force_kvm" in forced else "off"
 
 
 def choose(
@@ -134,7 +130,7 @@ def choose(
         using = wanted == "on"
         return Verdict(
             acceleration=Acceleration.KVM if using else Acceleration.EMULATION,
-            reason=f"KVM is forced {wanted} by --kvm, VIRT_DIB_KVM or LIBGUESTFS_BACKEND_SETTINGS",
+            reason=f"KVM is forced {wanted} by --kvm or a setting ('virt-dib --show-config' tells which)",
         )
     try:
         _open_device(device)

@@ -282,6 +282,11 @@ class BuildMonitor:
         return self._line_number
 
     @property
+    def now(self) -> str:
+        """The phase or step at work, and its script."""
+        return f"{self._phase}/{self._script}" if self._script else self._phase or "before its first step"
+
+    @property
     def elapsed_s(self) -> float:
         """Since the build began."""
         return self._teller.elapsed_s
@@ -389,6 +394,11 @@ class BuildMonitor:
                     log_line=self._line_number,
                 )
             )
+
+    def environment_sourced(self, name: str) -> None:
+        """Take that a file of environment.d is read; bash traces it."""
+        with self._teller.lock:
+            self._teller.tell(events.EnvironmentSourced(phase=self._phase, name=name))
 
     def script_started(self, name: str, element: str | None = None) -> None:
         """Take the start of a script of the phase."""

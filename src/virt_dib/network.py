@@ -17,7 +17,7 @@ from virt_dib.namespaces import PROCESS_ENVIRONMENT, init_command, inside_namesp
 NAMESERVER = "10.0.2.3"
 """slirp4netns's own, which asks those of the host; pasta is told to have one there too."""
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 _POLL_S = 0.01
 
 

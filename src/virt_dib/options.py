@@ -21,8 +21,6 @@ from virt_dib.terminal import fold
 from virt_dib.translation import translated
 
 PROG = "virt-dib"
-ISOLATION_VARIABLE = "VIRT_DIB_ISOLATION"
-KVM_VARIABLE = "VIRT_DIB_KVM"
 _USAGE = "virt-dib [options] ELEMENT..."
 _DESCRIPTION = """\
 Build disk images from diskimage-builder elements. What the elements do happens
@@ -41,7 +39,8 @@ class Takes(enum.Enum):
     """What follows an option, and what becomes of it."""
 
     NOTHING = "sets its destination to True"
-    REFUSAL = "sets its destination to False"
+    ON = "sets its destination to 'on', which may be written for it in a configuration file, too"
+    OFF = "as ON, to 'off'"
     VALUE = "the last one counts"
     VALUE_OR_NOTHING = "as VALUE, but it is written with '=' or not at all"
     VALUES = "all are kept"
@@ -77,6 +76,13 @@ def _values(names: str, dest: str, metavar: str, text: str) -> Option:
     return Option(tuple(names.split()), dest, Takes.VALUES, metavar, text + "; may be given several times")
 
 
+def _switch(name: str, dest: str, on: str, off: str) -> Sequence[Option]:
+    return (
+        Option((f"--{name}",), dest, Takes.ON, None, on),
+        Option((f"--no-{name}",), dest, Takes.OFF, None, off),
+    )
+
+
 GROUPS: Mapping[str, Sequence[Option]] = {
     "what to build": (
         _value(
@@ -102,7 +108,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _values("--extra-packages", "extra_packages", "LIST", "packages to install besides, separated by commas"),
     ),
     "elements": (
-        _value("-B", "dib_library", "DIR", "lib directory of diskimage-builder (default: of the installed one)"),
+        _value(
+            "-B --dib-library", "dib_library", "DIR",
+            "lib directory of diskimage-builder (default: of the installed one)",
+        ),
         _values("-p --element-path", "element_paths", "DIR", "search DIR for elements before diskimage-builder's"),
         _value(
             "--python", "python", "PYTHON",
@@ -142,8 +151,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _value(
             "--isolation", "isolation", "WHERE",
             "run the scripts that fill the tree in the virtual machine, 'vm' (default), or faster where there is no "
-            "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work; "
-            f"{ISOLATION_VARIABLE} sets the default",
+            "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work",
         ),
         _value(
             "--extra-data", "extra_data", "WHERE",
@@ -152,18 +160,22 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
         _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
         _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
-        _flag("--network", "network", "scripts may use the network (default)"),
-        Option(
-            ("--no-network",), "network", Takes.REFUSAL, None, "scripts have no network, and DIB_OFFLINE is 1"
-        ),
-        Option(
-            ("--no-host-certificates",), "host_certificates", Takes.REFUSAL, None,
-            "scripts in the image trust only its own CA certificates, not those of this host besides",
+        _value(
+            "--timeout", "timeout", "TIME", "end the build when it takes longer than 90s, 30m, 2h (default: never)"
         ),
         _value(
-            "--kvm", "kvm", "WHEN",
-            f"use KVM: 'auto' when it works (default), 'on', or 'off' to emulate; {KVM_VARIABLE} sets the default",
+            "--script-timeout", "script_timeout", "TIME", "end it when one script takes longer (default: never)"
         ),
+        *_switch(
+            "network", "network",
+            "scripts may use the network (default)", "scripts have no network, and DIB_OFFLINE is 1",
+        ),
+        *_switch(
+            "host-certificates", "host_certificates",
+            "scripts in the image trust the CA certificates of this host, too (default)",
+            "scripts in the image trust only its own CA certificates, not those of this host besides",
+        ),
+        _value("--kvm", "kvm", "WHEN", "use KVM: 'auto' when it works (default), 'on', or 'off' to emulate"),
     ),
     "caches": (
         _value(
@@ -177,6 +189,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _value(
             "--image-cache", "image_cache", "DIR",
             "give the elements a copy of the cache in DIR, and keep there what they cache (default: nothing is kept)",
+        ),
+    ),
+    "configuration": (
+        _value(
+            "--config", "config", "FILE",
+            "take settings from FILE, not from virt-dib/config.toml in ~/.config and /etc/xdg",
         ),
     ),
     "messages": (
@@ -198,6 +216,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         _flag("-V --version", "version", "print the version"),
         _flag("-h --help", "help", "print this"),
         _flag("--list-elements", "list_elements", "print the names of all elements that are found, with -p and -B"),
+        _flag(
+            "--show-config", "show_config",
+            "print what configuration files and VIRT_DIB_* variables can set, its value, and where that is from",
+        ),
         _flag("--short-options", "short_options", "print the names of all short options, for completion"),
         _flag("--long-options", "long_options", "print the names of all long options, for completion"),
     ),
@@ -237,6 +259,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "isolation": ("vm", "sandbox", "auto"),
     "extra_data": ("guest", "host"),
     "kvm": ("auto", "on", "off"),
+    "config": Offer.FILE,
 }
 """What completion offers as values, by destination; nothing for one that is not here."""
 LISTS = frozenset({"formats"})
@@ -275,8 +298,10 @@ class Given:
     keep_on_failure: bool = False
     memory: str | None = None
     cpus: str | None = None
-    network: bool = True
-    host_certificates: bool = True
+    timeout: str | None = None
+    script_timeout: str | None = None
+    network: str | None = None
+    host_certificates: str | None = None
     drive: str | None = None
     drive_format: str | None = None
     image_cache: str | None = None
@@ -284,6 +309,7 @@ class Given:
     isolation: str | None = None
     machine_readable: str | None = None
     extra_data: str | None = None
+    config: str | None = None
     quiet: bool = False
     verbose: bool = False
     trace: bool = False
@@ -292,6 +318,7 @@ class Given:
     version: bool = False
     help: bool = False
     list_elements: bool = False
+    show_config: bool = False
     short_options: bool = False
     long_options: bool = False
 
@@ -301,8 +328,10 @@ class Given:
             getattr(self, option.dest).append(value)
         elif option.takes in (Takes.VALUE, Takes.VALUE_OR_NOTHING):
             setattr(self, option.dest, value)
+        elif option.takes in (Takes.ON, Takes.OFF):
+            setattr(self, option.dest, "on" if option.takes is Takes.ON else "off")
         else:
-            setattr(self, option.dest, option.takes is Takes.NOTHING)
+            setattr(self, option.dest, True)
 
 
 def build_parser() -> argparse.ArgumentParser:

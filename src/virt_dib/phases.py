@@ -12,6 +12,7 @@ from virt_dib import environment as contract
 from virt_dib import online
 from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
+from virt_dib.interrupts import Limit, limited
 from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
 from virt_dib.prerequisites import tools_not_found
@@ -32,9 +33,10 @@ _MOST_RESULTS = 10_000
 class Phases:
     """Runs the phases and steps of one build, one after the other."""
 
-    def __init__(self, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
+    def __init__(self, owners: Mapping[str, str], monitor: BuildMonitor, script_timeout_s: float | None = None) -> None:
         self._owners = owners
         """Of scripts, ``PHASE/NAME``, the elements they are from."""
+        self._script_timeout_s = script_timeout_s
         self.monitor = monitor
         self.results: list[PhaseResult] = []
 
@@ -48,7 +50,7 @@ class Phases:
         hooks = variables["TMP_HOOKS_PATH"]
         if not place.is_directory(f"{hooks}/{phase.directory}"):
             return
-        scripts = _PhaseScripts(phase, facts, self._owners, self.monitor)
+        scripts = _PhaseScripts(phase, facts, self._owners, self.monitor, self._script_timeout_s)
         if phase.where is Where.CHROOT:
             command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, hooks, phase.directory]
             cwd = "/"
@@ -62,14 +64,15 @@ class Phases:
                 also(data)
 
         begun = time.monotonic()
-        result = place.run(
-            command,
-            variables,
-            cwd,
-            functions=contract.functions(facts, phase),
-            on_output=output,
-            on_event=scripts.event,
-        )
+        with limited(scripts.limit):
+            result = place.run(
+                command,
+                variables,
+                cwd,
+                functions=contract.functions(facts, phase),
+                on_output=output,
+                on_event=scripts.event,
+            )
         scripts.end(result.exit_status)
         self._finished(phase.directory, begun, scripts.results)
 
@@ -113,7 +116,11 @@ def guest_script(place: Place, script: str, *arguments: str) -> JobResult:
 class _PhaseScripts:
     """Follows the events of one phase, and turns its end into results or an error."""
 
-    def __init__(self, phase: Phase, facts: Facts, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
+    def __init__(
+        self, phase: Phase, facts: Facts, owners: Mapping[str, str], monitor: BuildMonitor, timeout_s: float | None
+    ) -> None:
+        self.limit = Limit(timeout_s, lambda: self._too_long(timeout_s))
+        """Of the script that runs."""
         self._phase = phase
         self._facts = facts
         self._owners = owners
@@ -128,12 +135,16 @@ class _PhaseScripts:
         if event.name == "list":
             self._listed = True
             self._monitor.phase_started(self._phase.directory, words)
+        elif event.name == "source" and len(words) == 1:
+            self._monitor.environment_sourced(words[0])
         elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
             self._running = (words[0], _seconds(words[1]))
+            self.limit.start()
             self._monitor.script_started(words[0], self._element(words[0]))
         elif event.name == "end" and len(words) == 3 and self._running:  # noqa: PLR2004 - NAME STATUS SECONDS
             name, begun = self._running
             self._running = None
+            self.limit.stop()
             status = int(words[1]) if STATUS.fullmatch(words[1]) else 1
             result = ScriptResult(
                 phase=self._phase,
@@ -145,6 +156,15 @@ class _PhaseScripts:
             if len(self.results) < _MOST_RESULTS or status != 0:
                 self.results = [*self.results[:_MOST_RESULTS], result]
             self._monitor.script_finished(result)
+
+    def _too_long(self, timeout_s: float | None) -> ScriptError:
+        name = self._running[0] if self._running else "a script"
+        element = self._element(name)
+        return ScriptError(
+            f"{self._phase.directory}/{name}{_of(element)} has taken longer than {timeout_s:g} s, and was ended",
+            hint=f"give scripts more time with --script-timeout; {_where(self._monitor)}",
+            details=self._monitor.tail(LAST_LINES),
+        )
 
     def _element(self, script: str) -> str | None:
         return self._owners.get(f"{self._phase.directory}/{script}")
@@ -166,17 +186,21 @@ class _PhaseScripts:
                 hint=f"a file in environment.d may be at fault; {_where(self._monitor)}",
                 details=self._monitor.tail(LAST_LINES),
             )
-        element = f" of element '{failed.element}'" if failed.element else ""
+        name = f"{self._phase.directory}/{failed.name}{_of(failed.element)}"
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
         error = ScriptError(
-            f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
+            f"{name} failed with {how} after {failed.seconds:.1f} s",
             hint=_advice(self._monitor, self._facts, self._phase.where),
             details=self._monitor.tail(LAST_LINES),
         )
         error.script_status = failed.exit_status
         raise error
+
+
+def _of(element: str | None) -> str:
+    return f" of element '{element}'" if element else ""
 
 
 def _seconds(text: str) -> float:

@@ -170,22 +170,17 @@ class Host:
         return Path(self.environ.get("TMPDIR") or self.root / "var/tmp")
 
 
-def check_host() -> list[Check]:
-    """All checks, on this host and for this user.
+def check_host(*, kvm: str = "auto") -> list[Check]:
+    """All checks, on this host and for this user; *kvm* is what builds are to do about it: auto, on or off.
 
     Raises:
         VirtDibError: there is no place for what virt-dib keeps.
     """
-    return checks(Host.here(), cache=supermin.cache_dir())
+    return checks(Host.here(), cache=supermin.cache_dir(), wanted=kvm)
 
 
-def checks(host: Host, *, cache: Path) -> list[Check]:
-    """Look at all that builds need or may need, with a new trial of KVM, which can take ten seconds.
-
-    Raises:
-        UsageError: the environment asks for KVM in a way that cannot be.
-    """
-    wanted = kvm.wanted_from_environment(host.environ)
+def checks(host: Host, *, cache: Path, wanted: str) -> list[Check]:
+    """Look at all that builds need or may need, with a new trial of KVM if that is *wanted*, which takes seconds."""
     return [
         *_required(host),
         _dib(),

@@ -6,7 +6,7 @@
 # The rules are those of DIB's dib-run-parts: which files are scripts, their order, environment.d
 # sourced once in the shell that starts them, the first failure ends the phase with its status.
 # Events are records between RS characters on standard output:
-#   TOKEN list NAME...     TOKEN start NAME SECONDS     TOKEN end NAME STATUS SECONDS
+#   TOKEN list NAME...     TOKEN source NAME     TOKEN start NAME SECONDS     TOKEN end NAME STATUS SECONDS
 
 set -ue
 set -o pipefail
@@ -47,6 +47,7 @@ virt_dib_event list ${virt_dib_scripts[@]+"${virt_dib_scripts[@]}"}
 (
     if [[ -d $virt_dib_directory/../environment.d ]]; then
         while IFS= read -r virt_dib_name <&9; do
+            virt_dib_event source "$virt_dib_name"
             set -o xtrace
             # shellcheck disable=SC1090 # files of the elements
             source "$virt_dib_directory/../environment.d/$virt_dib_name"
