@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import TESTS
-from virt_dib import __version__, batch, image_file_cli, plan, tools
+from virt_dib import __version__, batch, configuration, image_file_cli, plan, tools
 from virt_dib.image_file import KEYS
 
 ROOT = TESTS.parent
@@ -57,6 +57,13 @@ class Here:
         path.write_text(content)
         return path
 
+    def configure(self, content: str) -> None:
+        """Write the configuration file of the user."""
+        path = self.directory / "config" / "virt-dib" / "config.toml"
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        path.chmod(0o600)
+
     def images(self, **images: Mapping[str, str]) -> str:
         """The name of a file with these images and the variables of their builds."""
         entries = [
@@ -70,7 +77,8 @@ class Here:
 
     def environment(self, **variables: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("CHILD_", "VIRT_DIB_"))}
-        return {**kept, "CHILD_NOTES": str(self.notes), **variables}
+        settings = {"XDG_CONFIG_HOME": str(self.directory / "config"), "XDG_CONFIG_DIRS": str(self.directory / "none")}
+        return {**kept, **settings, "CHILD_NOTES": str(self.notes), **variables}
 
     def run(self, *arguments: str, command: Sequence[str] = CHILD, **variables: str) -> tools.Result:
         result = tools.run(
@@ -377,6 +385,35 @@ def test_processors_are_shared_out(here: Here, arguments: Sequence[str], shares:
 
 def test_a_build_that_nothing_is_said_for_takes_what_virt_dib_takes() -> None:
     assert batch.DEFAULT_MEMORY_MIB == plan.DEFAULT_MEMORY_MIB
+    variables = {setting.dest: setting.variable for setting in configuration.SETTINGS}
+    assert (variables["cpus"], variables["memory"]) == (batch.CPUS_VARIABLE, batch.MEMORY_VARIABLE)
+
+
+def test_what_a_configuration_file_says_counts(here: Here) -> None:
+    here.configure("memsize = 4096\nsmp = 3\n")
+    images = {f"i{n}": {"CHILD_MEET": "2", "CHILD_LINGER": "0.1"} for n in range(4)}
+    name = here.images(**images, small={"VIRT_DIB_MEMSIZE": "512", "VIRT_DIB_SMP": "1"})
+    assert here.run(name, "--jobs", "5", "--memory", "8192", "--cpus", "64").exit_status == 0
+    assert len(here.started()) == 5
+    assert here.most_at_once() in (2, 3)
+    assert here.note("i0")["environment"].get(batch.CPUS_VARIABLE) is None
+    result = here.run(name, "--cpus", "2")
+    assert result.exit_status == 2
+    assert result.stderr.count("takes 3, and --cpus is 2") == 4
+
+
+def test_wrong_settings_are_told_before_anything_is_built(here: Here) -> None:
+    here.configure("memsise = 4096\n")
+    name = here.images(a={"VIRT_DIB_NETWROK": "off"}, b={})
+    result = here.run(name, VIRT_DIB_ISOLATON="vm")
+    assert result.exit_status == 2
+    messages = [line for line in result.stderr.splitlines() if ": error: " in line]
+    assert messages == [
+        "virt-diskimage-builder: error: unknown variable VIRT_DIB_ISOLATON",
+        f"virt-diskimage-builder: error: in {here.directory}/config/virt-dib/config.toml:1: unknown setting 'memsise'",
+        "virt-diskimage-builder: error: images.yaml:1: 'a': unknown variable VIRT_DIB_NETWROK",
+    ]
+    assert here.started() == set()
 
 
 def test_lines_of_several_stay_whole_and_say_whose_they_are(here: Here) -> None:

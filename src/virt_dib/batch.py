@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TextIO
 
-from virt_dib import tools
+from virt_dib import configuration, tools
 from virt_dib.errors import Interrupted, Problem, ToolError
 from virt_dib.image_file import ImageRequest
 from virt_dib.interrupts import shielded
@@ -150,36 +150,46 @@ def _command_line(request: ImageRequest, command: Sequence[str]) -> list[str]:
 class _Needs:
     """What a build takes of the host while it runs."""
 
-    cpus: int
+    cpus: int | None
+    """None: what it is told."""
     memory_mib: int
 
     @classmethod
-    def of(cls, request: ImageRequest, share: int) -> _Needs:
-        environ = {**os.environ, **request.environment}
-        return cls(
-            cpus=_number(environ.get(CPUS_VARIABLE)) or share,
-            memory_mib=_number(environ.get(MEMORY_VARIABLE)) or DEFAULT_MEMORY_MIB,
-        )
+    def of(cls, values: Mapping[str, configuration.Value]) -> _Needs:
+        """As the settings of a build have it. One that is wrong it refuses itself."""
+        cpus, memory = (_number(values[dest].text) if dest in values else 0 for dest in ("cpus", "memory"))
+        return cls(cpus=cpus or None, memory_mib=memory or DEFAULT_MEMORY_MIB)
 
 
-def limit_problems(requests: Iterable[ImageRequest], limits: Limits) -> list[Problem]:
-    """The images whose builds do not fit into limits that were given, even alone."""
-    problems = []
+def _settings(request: ImageRequest) -> configuration.Settings:
+    return configuration.settings({**os.environ, **request.environment})
+
+
+def problems(requests: Iterable[ImageRequest], limits: Limits) -> list[Problem]:
+    """Settings that builds would refuse, and images that do not fit into limits that were given, even alone."""
+    common = configuration.settings(os.environ).problems
+    found = list(common)
     for request in requests:
-        needs = _Needs.of(request, 1)
+        settings = _settings(request)
+        found += [
+            Problem(f"{request.origin}: '{request.name}': {problem.message}", problem.hint)
+            for problem in settings.problems
+            if problem not in common
+        ]
+        needs = _Needs.of(settings.values)
         for option, variable, most, wanted in (
-            ("--cpus", CPUS_VARIABLE, limits.cpus, needs.cpus),
+            ("--cpus", CPUS_VARIABLE, limits.cpus, needs.cpus or 1),
             ("--memory", MEMORY_VARIABLE, limits.memory_mib, needs.memory_mib),
         ):
             if most is not None and wanted > most:
                 message = f"{request.origin}: building '{request.name}' takes {wanted}, and {option} is {most}"
-                problems.append(Problem(message, f"raise {option}, or set {variable} for this image"))
-    return problems
+                found.append(Problem(message, f"raise {option}, or set {variable} for this image"))
+    return found
 
 
-def _number(text: str | None) -> int:
-    """0 for what is no number: the build will say so."""
-    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,9}", text) else 0
+def _number(text: str) -> int:
+    """0 for what is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
 
 
 def _available_mib() -> int:
@@ -224,7 +234,8 @@ class _Build:
     """One that runs; leaving *stack* ends it."""
 
     number: int
-    needs: _Needs
+    cpus: int
+    memory_mib: int
     started: datetime
     begun: float
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -245,6 +256,7 @@ class _Batch:
         self._memory_mib = limits.memory_mib or (_available_mib() if limits.jobs > 1 else sys.maxsize)
         at_once = max(1, min(limits.jobs, len(self._requests)))
         self._share = max(1, min(_MOST_CPUS, self._cpus // at_once))
+        self._needs = [_Needs.of(_settings(request).values) for request in self._requests]
         self._next = 0
         self._stopped = False
         self._running: list[_Build] = []
@@ -281,12 +293,10 @@ class _Batch:
         """Whether the next one does, beside those that run. None overtakes it; alone, it always does."""
         if not self._running:
             return True
-        needs = _Needs.of(self._requests[self._next], self._share)
-        return (
-            len(self._running) < self._jobs
-            and sum(build.needs.cpus for build in self._running) + needs.cpus <= self._cpus
-            and sum(build.needs.memory_mib for build in self._running) + needs.memory_mib <= self._memory_mib
-        )
+        needs = self._needs[self._next]
+        cpus = sum(build.cpus for build in self._running) + (needs.cpus or self._share)
+        memory_mib = sum(build.memory_mib for build in self._running) + needs.memory_mib
+        return len(self._running) < self._jobs and cpus <= self._cpus and memory_mib <= self._memory_mib
 
     def _start(self) -> None:
         number, request = self._next, self._requests[self._next]
@@ -303,7 +313,8 @@ class _Batch:
 
     def _start_quietly(self, number: int, request: ImageRequest) -> None:
         environment = {**os.environ, **request.environment}
-        if self._shares and not environment.get(CPUS_VARIABLE):
+        needs = self._needs[number]
+        if self._shares and needs.cpus is None:
             environment[CPUS_VARIABLE] = str(self._share)
         command = _command_line(request, self._command)
         started, stack = _now(), contextlib.ExitStack()
@@ -315,9 +326,14 @@ class _Batch:
         except ToolError as error:
             self._ended(number, _NOT_STARTED, started=started, seconds=0.0, reason=str(error))
             return
-        needs = _Needs.of(request, self._share)
         build = _Build(
-            number=number, needs=needs, started=started, begun=time.monotonic(), stack=stack, process=process
+            number=number,
+            cpus=needs.cpus or self._share,
+            memory_mib=needs.memory_mib,
+            started=started,
+            begun=time.monotonic(),
+            stack=stack,
+            process=process,
         )
         self._running.append(build)
         for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):

@@ -140,7 +140,7 @@ def _read(arguments: Sequence[str]) -> _Asked:
         requests = _chosen(images.requests, given.images)
     except UsageError as error:
         problems += error.problems
-    problems += batch.limit_problems(requests, limits)
+    problems += batch.problems(requests, limits)
     if problems:
         raise UsageError.of(problems)
     return _Asked(
