@@ -357,7 +357,7 @@ def test_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path
     check(name, QUICK[name], elements, tmp_path)
 
 
-@pytest.mark.full
+@pytest.mark.drop_in
 @pytest.mark.needs_root
 @pytest.mark.parametrize("name", FULL)
 def test_all_else_is_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path) -> None:
