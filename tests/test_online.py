@@ -294,6 +294,7 @@ def certificates() -> str:
     return found.text
 
 
+@pytest.mark.option("--host-certificates")
 @pytest.mark.appliance
 @pytest.mark.parametrize("phase", CHROOT)
 def test_scripts_inside_see_the_hosts_certificates(probe_dir: Path, certificates: str, phase: Phase) -> None:

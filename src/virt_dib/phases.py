@@ -101,9 +101,9 @@ class Phases:
 def named_files(place: Place, spec: BuildSpec, verb: str) -> None:
     """Before or after the phases in *place*: "make" where files named after the image go, or "take" them from there.
 
-    Only where that is not in the working directory (``DropIn.leads_away``).
+    They are taken where that is not below the working directory (``DropIn.leads_away``).
     """
-    if spec.drop_in is not None and spec.drop_in.leads_away:
+    if spec.drop_in is not None and (verb == "make" or spec.drop_in.leads_away):
         words = (verb, spec.drop_in.image_name, contract.OUT, contract.NAMED)
         guest_script(place, "named-files.sh", *words).check("looking after files named after the image")
 
