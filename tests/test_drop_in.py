@@ -276,7 +276,9 @@ def members(archive: Path) -> list[tuple[str, bytes, int, int, int, str, str]]:
                 hashlib.sha256(tar.extractfile(member).read()).hexdigest() if member.isreg() else "",  # type: ignore[union-attr]
             )
             for member in tar
-            if not member.name.startswith(("./dev/", "./proc/", "./sys/")) and member.name not in ("./proc", "./sys")
+            # DIB loses what begins with a dot at the top, and takes the content of /dev with it.
+            if not member.name.startswith(("./dev/", "./proc/", "./sys/", "./."))
+            and member.name not in ("./proc", "./sys")
         )  # fmt: skip
 
 
