@@ -12,9 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import disk_stage, drive, extra_data, formats, kvm, layout, network, sandbox, staging, supermin, tools
+from virt_dib import (
+    disk_stage,
+    drive,
+    extra_data,
+    formats,
+    kvm,
+    layout,
+    network,
+    sandbox,
+    shells,
+    staging,
+    supermin,
+    tools,
+)
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.break_points import NO_BREAKS, Breaks, after, before
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.events import Listener, ignore
@@ -33,6 +47,7 @@ from virt_dib.staging import remove_tree
 from virt_dib.tree_stage import make_tree
 from virt_dib.workspace import open_workspace
 
+_SHELL_SOCKET = "shell"
 _STARTING_APPLIANCE = "starting the appliance"
 _STARTING_SANDBOX = "starting the sandbox"
 _COPYING_TO_HOST = "copying the tree to the host"
@@ -60,6 +75,8 @@ class RunOptions:
     """Have libguestfs tell what it does, and the appliance what it says on its console."""
     temporary_dir: Path | None = None
     """For the disks of the build; None: TMPDIR or ``/var/tmp``."""
+    breaks: Breaks = NO_BREAKS
+    """Where it stops for a shell on the terminal that is standard input and output (docs/breaking-in.md)."""
 
 
 def build_image(
@@ -87,12 +104,13 @@ def build_image(
 
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
-        plan = _plan(spec, workspace, problems, options)
+        wrong = shells.problems_of(options.breaks, workspace / _SHELL_SOCKET)
+        plan = _plan(spec, workspace, [*problems, *wrong], options)
         lasting = spec.drop_in is None
         log_path = spec.output_dir / f"{spec.name}.log" if lasting else workspace / "build.log"
         with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
-            build = _Build(plan, Phases(plan.hooks.owners, monitor), workspace, options)
+            build = _Build(plan, Phases(plan.hooks.owners, monitor, options.breaks), workspace, options)
             artifacts = build.run()
     with contextlib.suppress(OSError):  # it was not to last, or somebody tidied it away; the build is good all the same
         log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
@@ -244,6 +262,11 @@ class _Build:
         if unknown:
             self._monitor.warning(
                 f"not run, since diskimage-builder {dib.version} has no such phase: {', '.join(unknown)}"
+            )
+        never = {point(phase) for phase in Phase if not dib.rules.has(phase) for point in (before, after)}
+        if waiting := sorted(never & self._options.breaks.points):
+            self._monitor.warning(
+                f"no shell, since diskimage-builder {dib.version} has no such phase: {', '.join(waiting)}"
             )
 
     # ---- without an image ----
@@ -426,6 +449,7 @@ class _Build:
             insist=self._options.kvm == "on",
             trace=self._options.trace,
             verbose=self._options.verbose,
+            shell_socket=self._workspace / _SHELL_SOCKET if self._options.breaks.points else None,
             on_message=self._monitor.message,
             on_debug=self._monitor.debug,
         )

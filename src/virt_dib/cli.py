@@ -109,7 +109,11 @@ def _build(command: CommandLine, listener: Listener) -> BuildReport:
             command.spec,
             problems=command.problems,
             options=api.RunOptions(
-                isolation=options.isolation, kvm=options.kvm, trace=options.trace, verbose=options.verbose
+                isolation=options.isolation,
+                kvm=options.kvm,
+                trace=options.trace,
+                verbose=options.verbose,
+                breaks=options.breaks,
             ),
             listener=listener,
         )

@@ -79,6 +79,7 @@ def _build(command: DibCommand, installation: DibInstallation) -> int:
                     isolation=command.options.isolation,
                     kvm=command.options.kvm,
                     temporary_dir=command.temporary_dir,
+                    breaks=command.breaks,
                 ),
                 listener=display,
             )

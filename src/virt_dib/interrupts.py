@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from virt_dib.errors import Interrupted
 
@@ -62,6 +63,12 @@ def _raise_once() -> None:
         raise Interrupted
 
 
+def interrupt() -> NoReturn:
+    """End what this thread does as a signal would."""
+    _state.came = _state.raised = True
+    raise Interrupted
+
+
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into :class:`Interrupted`; later ones do not disturb the undoing.
@@ -109,3 +116,19 @@ def shielded() -> Iterator[None]:
         _state.depth -= 1
         if _state.depth == 0 and _state.came:
             _raise_once()
+
+
+@contextlib.contextmanager
+def unshielded() -> Iterator[None]:
+    """Within a :func:`shielded` block: let :class:`Interrupted` in for as long as this one takes.
+
+    There is no moment between the two in which it could come without what is undone after this one being undone whole.
+    """
+    depth = _state.depth
+    try:
+        _state.depth = 0
+        if _state.came:
+            _raise_once()
+        yield
+    finally:
+        _state.depth = depth
