@@ -33,6 +33,7 @@ from virt_dib.monitor import BuildMonitor
 from virt_dib.phases import Phases
 from virt_dib.report import Artifact
 from virt_dib.spec import BuildSpec, Phase, Where
+from virt_dib.terminal_link import Terminal
 
 RUN_PHASE = Path(__file__).parents[1] / "src" / "virt_dib" / "guest" / "run-phase.sh"
 IN_CHROOT = "/tmp/in_target.d"
@@ -102,6 +103,18 @@ class OnHost:
                     on_output(item)
         on_output(splitter.end())
         return JobResult(exit_status=result.exit_status, tail="")
+
+    def shell(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        terminal: Terminal,
+    ) -> int:
+        del command, variables, cwd, functions, terminal
+        raise AssertionError
 
     def is_directory(self, path: str) -> bool:
         return (self.hooks / path.rpartition("/")[2]).is_dir()

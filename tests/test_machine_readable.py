@@ -68,6 +68,8 @@ EVENTS = st.one_of(
     st.builds(events.PhaseFinished, title=WORDS, number=COUNTS, total=COUNTS, seconds=SECONDS),
     st.builds(events.ScriptStarted, **SCRIPT),
     st.builds(events.ScriptFinished, exit_status=st.integers(0, 255), seconds=SECONDS, **SCRIPT),
+    st.builds(events.ShellOpened, point=WORDS, phase=WORDS, inside=st.booleans()),
+    st.builds(events.ShellClosed, point=WORDS, exit_status=st.none() | st.integers(0, 255), seconds=SECONDS),
     st.builds(events.ArtifactMade, artifact=ARTIFACTS),
     st.builds(events.ErrorFound, text=WORDS, hint=st.none() | WORDS, details=LIST),
     st.builds(events.BuildFinished, name=WORDS, artifacts=st.lists(ARTIFACTS).map(tuple), seconds=SECONDS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from helpers import make_element, processes_of, skip_without, virt_dib
 from virt_dib import tools
 from virt_dib.errors import ToolError, UsageError
-from virt_dib.interrupts import Limit, check_cancelled, limited, shielded
+from virt_dib.interrupts import Limit, check_cancelled, limited, shielded, unlimited
 from virt_dib.spec import parse_duration
 
 
@@ -52,6 +53,19 @@ def test_a_limit_is_told_once_and_not_in_what_is_undone() -> None:
         with pytest.raises(ToolError):
             check_cancelled()
         check_cancelled()
+
+
+def test_the_clock_stops_while_somebody_is_at_the_terminal() -> None:
+    limit = Limit(0.2, over)
+    limit.start()
+    with limited(limit):
+        with unlimited():
+            time.sleep(0.3)
+            check_cancelled()
+        check_cancelled()
+        time.sleep(0.3)
+        with pytest.raises(ToolError):
+            check_cancelled()
 
 
 def test_what_has_ended_in_time_or_has_no_limit_is_not_ended() -> None:

@@ -5,6 +5,7 @@ Names that are not here may change with any release.
 """
 
 from virt_dib.boot import BootResult, Firmware, boot_kernel, boot_test
+from virt_dib.break_points import Breaks
 from virt_dib.builder import ImagePlan, RunOptions, build_image, plan_image
 from virt_dib.errors import (
     ApplianceError,
@@ -34,6 +35,8 @@ from virt_dib.events import (
     PhaseStarted,
     ScriptFinished,
     ScriptStarted,
+    ShellClosed,
+    ShellOpened,
     Warned,
     to_all,
 )
@@ -50,6 +53,7 @@ __all__ = [
     "Artifact",
     "ArtifactMade",
     "BootResult",
+    "Breaks",
     "BuildFailed",
     "BuildFinished",
     "BuildPlanned",
@@ -84,6 +88,8 @@ __all__ = [
     "ScriptFinished",
     "ScriptResult",
     "ScriptStarted",
+    "ShellClosed",
+    "ShellOpened",
     "ToolError",
     "UsageError",
     "VirtDibError",

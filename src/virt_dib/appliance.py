@@ -18,6 +18,7 @@ import platform
 import secrets
 import shlex
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,8 @@ from virt_dib import environment as contract
 from virt_dib import supermin
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
-from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
+from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
+from virt_dib.terminal_link import LINK, Terminal, relay
 
 if TYPE_CHECKING:
     import guestfs  # noqa: TID251 - the one importer
@@ -47,6 +49,11 @@ _STOP_TIMEOUT_S = 120.0
 _STARTING = "starting the appliance"
 BLOCK_DEVICE_DIR = "/run/virt-dib"
 """In the appliance; where DIB's dib-block-device takes commands (``guest/block-device.sh``)."""
+_SHELL_PORT = "org.virt-dib.shell"
+_SHELL_CHECK_S = (1.0, 5.0)
+"""How often it is looked whether a shell's end of the link lives: at first, and later."""
+LONGEST_SOCKET_PATH_BYTES = 107
+"""unix(7)."""
 _DRIVE_SCRIPT = ("/bin/bash", "/sysroot/guest/drive.sh")
 _DRIVE_POINT = "/sysroot/drive"
 _DRIVE_TIMEOUT_S = 30.0
@@ -111,6 +118,8 @@ class Settings:
     """Have libguestfs tell its calls."""
     verbose: bool = False
     """Have libguestfs tell what it does, and the appliance what it says on its console."""
+    shell_socket: Path | None = None
+    """Where shells can be opened: the socket to make for them."""
     on_message: Callable[[str], None] | None = None
     """Gets what there is to tell."""
     on_debug: Callable[[str], None] | None = None
@@ -287,16 +296,34 @@ class Appliance:
     ) -> JobResult:
         """Run *command* as :meth:`virt_dib.jobs.Place.run` has it; the appliance is killed if it takes *limit_s*."""
         token = secrets.token_hex(12)
-        job = f"/jobs/{self._jobs}"
-        self._jobs += 1
         text = job_text(command, variables, cwd, functions=functions, token=token if on_event is not None else None)
-        doing = "starting a command in the appliance"
-        self._call(doing, self._handle.write, f"{job}.sh", text)
-        pid = self._call(doing, self._handle.debug, "sh", [f"/bin/bash /sysroot/guest/start-job.sh {job} {token}"])
+        job, pid = self._start_job(text, token)
         tail = Tail()
         deadline = None if limit_s is None else time.monotonic() + limit_s
-        status = self._follow(job, pid.strip(), token, on_output or tail.add, on_event, deadline=deadline)
+        status = self._follow(job, pid, token, on_output or tail.add, on_event, deadline=deadline)
         return JobResult(exit_status=status, tail=tail.text())
+
+    def shell(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        terminal: Terminal,
+    ) -> int:
+        """Run *command* as :meth:`virt_dib.jobs.Runner.shell` has it; ``Settings.shell_socket`` is where."""
+        token, tail = secrets.token_hex(12), Tail()
+        with socket.socket(socket.AF_UNIX) as stream:
+            try:
+                stream.connect(str(self._settings.shell_socket))
+            except OSError as error:
+                raise ApplianceError(f"opening a shell in the appliance: {error.strerror}") from error
+            text = job_text([*LINK, _SHELL_PORT, *command], variables, cwd, functions=functions)
+            job, pid = self._start_job(text, token)
+            status = relay(stream, terminal, self._watch(pid))
+        ended = self._follow(job, pid, token, tail.add, None, deadline=None)
+        return shell_ended(status, JobResult(exit_status=ended, tail=tail.text()))
 
     def is_directory(self, path: str) -> bool:
         """Whether *path* on the build disk is a directory."""
@@ -352,6 +379,35 @@ class Appliance:
 
     # ---- inside ----
 
+    def _start_job(self, text: bytes, token: str) -> tuple[str, str]:
+        """Start a job; return its name and its process."""
+        job = f"/jobs/{self._jobs}"
+        self._jobs += 1
+        doing = "starting a command in the appliance"
+        self._call(doing, self._handle.write, f"{job}.sh", text)
+        pid = self._call(doing, self._handle.debug, "sh", [f"/bin/bash /sysroot/guest/start-job.sh {job} {token}"])
+        return job, pid.strip()
+
+    def _watch(self, pid: str) -> Callable[[], bool]:
+        """A function that says whether a job still runs, as far as is known, and never waits to find out."""
+        first_s, later_s = _SHELL_CHECK_S
+        next_s = time.monotonic() + first_s
+        asked: concurrent.futures.Future[str] | None = None
+
+        def goes_on() -> bool:
+            nonlocal asked, next_s
+            self._check_host_space()
+            if asked is None and time.monotonic() > next_s:
+                asked = self._caller.submit(self._handle.debug, "sh", [_alive_command(pid)])
+            elif asked is not None and asked.done():
+                next_s = time.monotonic() + later_s
+                lives = self._result(asked, "asking the appliance whether it lives", 0, None).strip() == "alive"
+                asked = None
+                return lives
+            return True
+
+        return goes_on
+
     def _on_build_disk(self, path: str) -> str:
         prefix = contract.GUEST + "/"
         if not path.startswith(prefix):
@@ -403,7 +459,7 @@ class Appliance:
             "asking the appliance whether it lives",
             self._handle.debug,
             "sh",
-            [f"if kill -0 {shlex.quote(pid)} 2>/dev/null; then echo alive; fi"],
+            [_alive_command(pid)],
         )
         if state.strip() != "alive":
             raise ApplianceError(
@@ -505,6 +561,10 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     handle.set_smp(settings.cpus)
     handle.set_network(settings.network)
     handle.set_append(_KERNEL_OPTIONS)
+    if settings.shell_socket is not None:
+        path = str(settings.shell_socket).replace(",", ",,")
+        handle.config("-chardev", f"socket,id=shell,path={path},server=on,wait=off")
+        handle.config("-device", f"virtserialport,chardev=shell,name={_SHELL_PORT}")
     if settings.on_debug is not None and (settings.trace or settings.verbose):
         report = settings.on_debug
         # As libguestfs begins its lines on standard error.
@@ -522,6 +582,10 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         # It outlives the build: what the guest has been told is on the disk must be there.
         handle.add_drive_opts(str(drive.path), format=drive.format, label=drive.label, cachemode="writeback")
     return handle
+
+
+def _alive_command(pid: str) -> str:
+    return f"if kill -0 {shlex.quote(pid)} 2>/dev/null; then echo alive; fi"
 
 
 def _wait(

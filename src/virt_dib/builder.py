@@ -12,9 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import disk_stage, drive, extra_data, formats, kvm, layout, network, sandbox, staging, supermin, tools
+from virt_dib import (
+    disk_stage,
+    drive,
+    extra_data,
+    formats,
+    kvm,
+    layout,
+    network,
+    sandbox,
+    shells,
+    staging,
+    supermin,
+    tools,
+)
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.break_points import NO_BREAKS, Breaks, after, before
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import (
     ApplianceError,
@@ -42,6 +56,7 @@ from virt_dib.staging import remove_tree
 from virt_dib.tree_stage import make_tree
 from virt_dib.workspace import open_workspace
 
+_SHELL_SOCKET = "shell"
 _STARTING_APPLIANCE = "starting the appliance"
 _STARTING_SANDBOX = "starting the sandbox"
 _COPYING_TO_HOST = "copying the tree to the host"
@@ -72,6 +87,8 @@ class RunOptions:
     """How long the build may take; None: as long as it takes."""
     script_timeout_s: float | None = None
     """How long one script of an element may take; likewise."""
+    breaks: Breaks = NO_BREAKS
+    """Where it stops for a shell on the terminal that is standard input and output (docs/breaking-in.md)."""
 
 
 def build_image(
@@ -110,12 +127,13 @@ def _too_long(timeout_s: float | None, monitor: BuildMonitor) -> VirtDibError:
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
     tools.require_working_directory()
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
-        plan = _plan(spec, workspace, problems, options)
+        wrong = shells.problems_of(options.breaks, workspace / _SHELL_SOCKET)
+        plan = _plan(spec, workspace, [*problems, *wrong], options)
         lasting = spec.drop_in is None
         log_path = spec.output_dir / f"{spec.name}.log" if lasting else workspace / "build.log"
         with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
-            phases = Phases(plan.hooks.owners, monitor, options.script_timeout_s)
+            phases = Phases(plan.hooks.owners, monitor, options.breaks, options.script_timeout_s)
             build = _Build(plan, phases, workspace, options)
             artifacts = build.run()
     with contextlib.suppress(OSError):  # it was not to last, or somebody tidied it away; the build is good all the same
@@ -281,6 +299,11 @@ class _Build:
         if unknown:
             self._monitor.warning(
                 f"not run, since diskimage-builder {dib.version} has no such phase: {', '.join(unknown)}"
+            )
+        never = {point(phase) for phase in Phase if not dib.rules.has(phase) for point in (before, after)}
+        if waiting := sorted(never & self._options.breaks.points):
+            self._monitor.warning(
+                f"no shell, since diskimage-builder {dib.version} has no such phase: {', '.join(waiting)}"
             )
 
     # ---- without an image ----
@@ -463,6 +486,7 @@ class _Build:
             insist=self._options.kvm == "on",
             trace=self._options.trace,
             verbose=self._options.verbose,
+            shell_socket=self._workspace / _SHELL_SOCKET if self._options.breaks.points else None,
             on_message=self._monitor.message,
             on_debug=self._monitor.debug,
         )

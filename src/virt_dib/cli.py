@@ -117,6 +117,7 @@ def _build(command: CommandLine, listener: Listener) -> BuildReport:
                 verbose=options.verbose,
                 timeout_s=options.timeout_s,
                 script_timeout_s=options.script_timeout_s,
+                breaks=options.breaks,
             ),
             listener=listener,
         )

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from virt_dib import __version__, configuration, drive, formats, kvm, tools
+from virt_dib import __version__, break_points, configuration, drive, formats, kvm, tools
+from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.configuration import InForce, Settings
 from virt_dib.errors import Problem, UsageError
 from virt_dib.machine_readable import Target, parse_target
-from virt_dib.options import PROG, Given, build_parser, closest, listed_names, sort_words
+from virt_dib.options import ON_ERROR, PROG, Given, build_parser, closest, listed_names, sort_words
 from virt_dib.spec import (
     CHECKSUMS,
     COMPRESSIONS,
@@ -67,6 +68,7 @@ class Options:
     style: Style = AUTOMATIC
     list_elements: bool = False
     show_config: bool = False
+    breaks: Breaks = NO_BREAKS
     machine_readable: Target | None = None
     """Where events go as JSON."""
     answer: str | None = None
@@ -116,6 +118,7 @@ def read(
         style=Style(colour=given.colour, wrap=given.wrap),
         list_elements=given.list_elements,
         show_config=given.show_config,
+        breaks=values.take(lambda: _breaks(given), NO_BREAKS),
         machine_readable=values.take(lambda: _target(given.machine_readable), None),
         answer=_answer(given),
     )
@@ -243,6 +246,18 @@ def _answer(given: Given) -> str | None:
         names = listed_names(short=given.short_options, long=given.long_options)
         return "".join(f"{name}\n" for name in names)
     return f"{PROG} {__version__}\n" if given.version else None
+
+
+def _breaks(given: Given) -> Breaks:
+    points = break_points.words_in(given.breaks)
+    if given.breaks and not points:
+        raise UsageError("no break point named in --break", hint=break_points.CHOICE_HINT)
+    asked_by = "--break" if points else "--on-error shell"
+    if wrong := break_points.problems(points, asked_by):
+        raise UsageError.of(wrong)
+    if _choice("value of --on-error", given.on_error, ON_ERROR, "fail") == "shell":
+        points.append(break_points.AFTER_ERROR)
+    return Breaks(points=frozenset(points), asked_by=asked_by)
 
 
 def _target(text: str | None) -> Target | None:

@@ -81,6 +81,7 @@ def _build(command: DibCommand, installation: DibInstallation) -> int:
                     temporary_dir=command.temporary_dir,
                     timeout_s=command.options.timeout_s,
                     script_timeout_s=command.options.script_timeout_s,
+                    breaks=command.breaks,
                 ),
                 listener=display,
             )

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from virt_dib import break_points
 from virt_dib import environment as contract
+from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.command_line import Options, read
 from virt_dib.configuration import ENVIRONMENT_VARIABLE
 from virt_dib.dib_output import Settings, from_environment
@@ -91,6 +93,7 @@ class DibCommand:
     messages: Sequence[str]
     """What there is to say of options that mean nothing here."""
     output: Settings
+    breaks: Breaks
     temporary_dir: Path | None
     help: bool
     version: bool
@@ -128,7 +131,8 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     log, tracing, variables = given.log, given.tracing, _variables(inherited, strict=strict) | given.variables
     image_name = _complete(given, inherited, tracing, ramdisk=ramdisk)
     given.envvars = [f"{name}={value}" for name, value in variables.items()]
-    command = read(given, mistakes, arguments, environ)
+    breaks, wrong = _breaks(inherited)
+    command = read(given, [*mistakes, *wrong], arguments, environ)
     overwrite = environ.get("OVERWRITE_OLD_IMAGE", "0")
     drop_in = DropIn(image_name=image_name, working_dir=Path.cwd(), keep_old=not _is_set(overwrite))
     return DibCommand(
@@ -143,6 +147,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
             if name in given.variables
         ],
         output=from_environment(environ, log),
+        breaks=breaks,
         temporary_dir=Path(environ["TMP_DIR"]) if environ.get("TMP_DIR") else None,
         help=given.help,
         version=given.version,
@@ -189,6 +194,20 @@ def _is_strict(environ: Mapping[str, str]) -> tuple[bool, Sequence[Problem]]:
         f"unknown value '{word}' of the variable {ENVIRONMENT_VARIABLE}", f"choose from {_INHERIT}, {_STRICT}"
     )
     return True, (problem,)
+
+
+def _breaks(environ: Mapping[str, str]) -> tuple[Breaks, Sequence[Problem]]:
+    """Where disk-image-create would open a shell (lib/common-functions, check_break), and what is wrong with that."""
+    asked_by = "the variable break"
+    points = break_points.words_in([environ.get("break", "")])
+    breaks = Breaks(
+        points=frozenset(points),
+        command=environ.get("break_cmd") or None,
+        outside_after_error=bool(environ.get("break_outside_target")),
+        asked_by=asked_by,
+    )
+    wrong = break_points.problems(points, asked_by)
+    return (NO_BREAKS if wrong else breaks), wrong
 
 
 def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk: bool) -> str:

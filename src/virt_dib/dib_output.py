@@ -337,6 +337,8 @@ class DibOutput:
                 yield f"Image file {one_line(self._called(event.artifact))} created..."
         elif isinstance(event, events.BuildFinished):
             yield "Build completed successfully"
+        elif isinstance(event, (events.ShellOpened, events.ShellClosed)):
+            yield from _break_lines(event)
         else:
             yield from self._phase_lines(event)
 
@@ -380,6 +382,15 @@ def _own_lines(event: Event) -> Iterator[str]:
         yield one_line(event.title)
     elif isinstance(event, events.BuildFailed) and event.interrupted:
         yield "interrupted"
+
+
+def _break_lines(event: events.ShellOpened | events.ShellClosed) -> Iterator[str]:
+    """What check_break says."""
+    if isinstance(event, events.ShellOpened):
+        yield "Starting debug shell. Exit to resume building."
+        yield f"At stage {event.point}"
+    elif event.exit_status is not None:  # the build does not end with it
+        yield "Resuming"
 
 
 _PHASES = {phase.directory: phase for phase in Phase}

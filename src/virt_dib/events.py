@@ -191,6 +191,35 @@ class PhaseFinished(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShellOpened(Event):
+    """The build waits at a break point, and the terminal is a shell's until :class:`ShellClosed`."""
+
+    point: str
+    """``before-install``, ``after-error`` and the like."""
+    phase: str
+    """Whose surroundings it has."""
+    inside: bool
+    """In the image's tree, or else beside it."""
+
+    def _line(self) -> str:
+        where = "in the image's tree" if self.inside else "beside the image's tree"
+        return f"{self.point}: a shell {where}; leave it to go on, type Enter ~ . to end the build"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShellClosed(Event):
+    """The build goes on, or ends."""
+
+    point: str
+    exit_status: int | None
+    """None when the build ends with the shell."""
+    seconds: float
+
+    def _line(self) -> str:
+        return f"{self.point}: the shell has ended after {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactMade(Event):
     """A file or directory for the user is complete and has its name."""
 

@@ -36,7 +36,7 @@ _OWNED_SETTINGS = ("/etc/ssh", "/etc/crypto-policies/back-ends")
 """ssh takes no settings of a user it does not know, as the host's root is one here."""
 _RESOLVER = "/etc/resolv.conf"
 _SUDO = "/usr/bin/sudo"
-_SCRIPTS = ("run-phase.sh", "host-owners.py", "host-tree.sh", "host-removed.py")
+_SCRIPTS = ("run-phase.sh", "host-owners.py", "host-tree.sh", "host-removed.py", "shell-link.py")
 _NAMES = ("mnt", "hooks")
 """The tree and the hooks, in the directory of a build."""
 _ARCHIVE = f"{contract.BUILD_DIR}/host.tar"

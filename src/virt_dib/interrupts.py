@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 from virt_dib.errors import Interrupted, VirtDibError
 
@@ -55,6 +56,11 @@ class Limit:
         """It has ended in time."""
         self._until_s = None
 
+    def extend(self, seconds: float) -> None:
+        """Do not count that long."""
+        if self._until_s is not None:
+            self._until_s += seconds
+
     def check(self) -> None:
         """Raise the error, once, if it takes too long."""
         if self._until_s is not None and time.monotonic() > self._until_s:
@@ -86,6 +92,12 @@ def _raise_once() -> None:
     if not _state.raised:
         _state.raised = True
         raise Interrupted
+
+
+def interrupt() -> NoReturn:
+    """End what this thread does as a signal would."""
+    _state.came = _state.raised = True
+    raise Interrupted
 
 
 @contextlib.contextmanager
@@ -127,6 +139,19 @@ def limited(limit: Limit) -> Iterator[None]:
         limit.stop()
 
 
+@contextlib.contextmanager
+def unlimited() -> Iterator[None]:
+    """Stop the clocks of all limits in the block: somebody is at the terminal."""
+    before, _state.limits = _state.limits, ()
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        _state.limits = before
+        for limit in before:
+            limit.extend(time.monotonic() - begun)
+
+
 def check_cancelled() -> None:
     """Raise :class:`Interrupted` when the work of this thread was cancelled: once, and not in a shielded block.
 
@@ -153,3 +178,19 @@ def shielded() -> Iterator[None]:
         _state.depth -= 1
         if _state.depth == 0 and _state.came:
             _raise_once()
+
+
+@contextlib.contextmanager
+def unshielded() -> Iterator[None]:
+    """Within a :func:`shielded` block: let :class:`Interrupted` in for as long as this one takes.
+
+    There is no moment between the two in which it could come without what is undone after this one being undone whole.
+    """
+    depth = _state.depth
+    try:
+        _state.depth = 0
+        if _state.came:
+            _raise_once()
+        yield
+    finally:
+        _state.depth = depth

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from virt_dib import environment as contract
 from virt_dib.errors import ApplianceError
+from virt_dib.terminal_link import Terminal
 
 STATUS = re.compile(r"[0-9]{1,3}")
 """An exit status in what a guest says, which it may have forged."""
@@ -74,6 +75,22 @@ class Runner(Protocol):
             ApplianceError: the place itself failed.
         """
 
+    def shell(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        terminal: Terminal,
+    ) -> int:
+        """Run *command* as :meth:`run` does, but on *terminal*, for as long as people like; return its exit status.
+
+        Raises:
+            ApplianceError: it cannot be run, or the place itself failed.
+            Interrupted: the user wants the build to end.
+        """
+
     def is_directory(self, path: str) -> bool:
         """Whether *path* is a directory."""
 
@@ -103,6 +120,18 @@ def job_text(
     words = shlex.join([*command, *([token] if token is not None else [])])
     text = f"{contract.exports(variables)}{functions}cd {shlex.quote(cwd)}\nexec {words}\n"
     return text.encode("utf-8", "surrogateescape")
+
+
+def shell_ended(status: int | None, job: JobResult) -> int:
+    """The exit status of a shell, from what its end of the link said, and how the job that is this end went.
+
+    Raises:
+        ApplianceError: there has been none.
+    """
+    job.check("running a shell")
+    if status is None:
+        raise ApplianceError("running a shell: it ended without a word")
+    return status
 
 
 @dataclass

@@ -39,6 +39,8 @@ _KINDS: dict[type[Event], tuple[str, str]] = {
     events.PhaseFinished: ("phase-finished", "info"),
     events.ScriptStarted: ("script-started", "message"),
     events.ScriptFinished: ("script-finished", "info"),
+    events.ShellOpened: ("shell-opened", "message"),
+    events.ShellClosed: ("shell-closed", "info"),
     events.ArtifactMade: ("artifact-made", "info"),
     events.ErrorFound: ("error", "error"),
     events.BuildFinished: ("build-finished", "message"),

@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ _STATUS_INTERVAL_S = 0.2
 _STOP_TIMEOUT_S = 1.0
 _INDENT = len("[   0.0] ")
 _PHASES = frozenset(phase.directory for phase in Phase)
+_MOST_HELD = 10_000
 _GREEN, _YELLOW, _BOLD = "32", "33", "1"
 
 
@@ -339,6 +341,14 @@ class BuildMonitor:
                 )
             )
 
+    def shell_opened(self, point: str, phase: str, *, inside: bool) -> None:
+        """Take that the terminal is a shell's now."""
+        self._say(events.ShellOpened(point=point, phase=phase, inside=inside))
+
+    def shell_closed(self, point: str, exit_status: int | None, seconds: float) -> None:
+        """Take that it is not any more."""
+        self._say(events.ShellClosed(point=point, exit_status=exit_status, seconds=seconds))
+
     def phase_finished(self, result: PhaseResult) -> None:
         """Take the end of the phase or step."""
         with self._teller.lock:
@@ -410,7 +420,14 @@ def _last_words(exception: BaseException) -> Iterator[str]:
 
 # ---- the display ----
 
-_BORDERS = (events.PhaseStarted, events.ScriptStarted, events.ScriptFinished, events.PhaseFinished)
+_BORDERS = (
+    events.PhaseStarted,
+    events.ScriptStarted,
+    events.ScriptFinished,
+    events.PhaseFinished,
+    events.ShellOpened,
+    events.ShellClosed,
+)
 """What comes between the outputs of two scripts."""
 
 
@@ -431,6 +448,8 @@ class Display:
         self._sanitiser = Sanitiser()
         self._phase: events.PhaseStarted | None = None
         self._script: events.ScriptStarted | None = None
+        self._held: deque[events.Event] | None = None
+        """What is to be shown when the shell ends that has the terminal."""
         self._stopping = threading.Event()
         self._redrawing: threading.Thread | None = None
 
@@ -459,22 +478,38 @@ class Display:
     def __call__(self, event: events.Event) -> None:
         """Take *event*. The error of a build that fails is not for here."""
         with self._lock:
-            if isinstance(event, events.Output):
-                if not self._quiet:
-                    self._screen.write(self._sanitiser.feed(event.data))
-                return
-            if isinstance(event, _BORDERS):
-                self._end_output()
-            if isinstance(event, events.PhaseStarted):
-                self._phase, self._script = event, None
-            elif isinstance(event, events.ScriptStarted):
-                self._script = event
-            elif isinstance(event, events.PhaseFinished):
-                self._script = None
-            if self._wants(event):
-                colour = _YELLOW if isinstance(event, events.Warned) else _GREEN
-                for text in _own_lines(event):
-                    self._screen.write_line(_with_time(event.elapsed_s, translated(text)), colour)
+            if isinstance(event, events.ShellClosed):
+                self._release()
+            if self._held is not None:
+                self._held.append(event)
+            else:
+                self._show(event)
+            if isinstance(event, events.ShellOpened):
+                self._screen.clear_status()
+                self._held = deque(maxlen=_MOST_HELD)
+
+    def _release(self) -> None:
+        held, self._held = self._held or (), None
+        for event in held:
+            self._show(event)
+
+    def _show(self, event: events.Event) -> None:
+        if isinstance(event, events.Output):
+            if not self._quiet:
+                self._screen.write(self._sanitiser.feed(event.data))
+            return
+        if isinstance(event, _BORDERS):
+            self._end_output()
+        if isinstance(event, events.PhaseStarted):
+            self._phase, self._script = event, None
+        elif isinstance(event, events.ScriptStarted):
+            self._script = event
+        elif isinstance(event, events.PhaseFinished):
+            self._script = None
+        if self._wants(event):
+            colour = _YELLOW if isinstance(event, events.Warned) else _GREEN
+            for text in _own_lines(event):
+                self._screen.write_line(_with_time(event.elapsed_s, translated(text)), colour)
 
     def _wants(self, event: events.Event) -> bool:
         """Whether *event* is shown as a line of ours."""
@@ -485,7 +520,9 @@ class Display:
         if isinstance(event, events.PhaseStarted):
             # The lines of its scripts follow at once.
             return not self._quiet and not event.scripts
-        return not self._quiet and isinstance(event, (events.Message, events.ScriptStarted))
+        return not self._quiet and isinstance(
+            event, (events.Message, events.ScriptStarted, events.ShellOpened, events.ShellClosed)
+        )
 
     def _end_output(self) -> None:
         rest = self._sanitiser.finish()
@@ -496,7 +533,7 @@ class Display:
         """Keep the status line alive; drawn from here alone, so never more often than this loop turns."""
         while not self._stopping.wait(_STATUS_INTERVAL_S):
             with self._lock:
-                if self._phase is not None and not self._stopping.is_set():
+                if self._phase is not None and self._held is None and not self._stopping.is_set():
                     self._screen.show_status(*self._status(self._phase))
 
     def _status(self, phase: events.PhaseStarted) -> tuple[str, str]:

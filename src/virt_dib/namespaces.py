@@ -28,7 +28,8 @@ from typing import IO, Protocol
 from virt_dib import layout, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
-from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text
+from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
+from virt_dib.terminal_link import LINK, Terminal, relay
 
 IDS = 1 << 16
 """How many user ids, and group ids, a sandbox has."""
@@ -336,6 +337,28 @@ class Inside:
             output(rest)
         return JobResult(exit_status=status, tail=tail.text())
 
+    def shell(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: str,
+        *,
+        functions: str = "",
+        terminal: Terminal,
+    ) -> int:
+        """Run *command* as :meth:`virt_dib.jobs.Runner.shell` has it."""
+        tail = Tail()
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                pipe = self._start(
+                    job_text([*LINK, "-", *command], variables, cwd, functions=functions), theirs.fileno()
+                )
+            with pipe:
+                status = relay(ours, terminal)
+                ended = self._follow(pipe, tail.add)
+        return shell_ended(status, JobResult(exit_status=ended, tail=tail.text()))
+
     def is_directory(self, path: str) -> bool:
         """Whether *path* is a directory."""
         return self.run(["test", "-d", path], PROCESS_ENVIRONMENT, "/").exit_status == 0
@@ -346,16 +369,21 @@ class Inside:
         Raises:
             ApplianceError: the first process is dead, or does not do it.
         """
+        with self._start(text, standard_input) as pipe:
+            return self._follow(pipe, on_output)
+
+    def _start(self, text: bytes, standard_input: int) -> IO[bytes]:
+        """Start the job; return what to read its output from."""
         # The text itself comes as descriptor 3, which is none of the job's business.
         with in_memory(b"exec 3<&-\n" + text) as job:
             self.send(b"job", job.fileno(), standard_input)
         message, descriptors = self.receive()
         if message != "output" or len(descriptors) != 1:
             raise ApplianceError("running the sandbox: it does not start the job")
-        with open(descriptors[0], "rb", buffering=0) as pipe:
-            with contextlib.suppress(OSError):
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
-            return self._follow(pipe, on_output)
+        pipe = open(descriptors[0], "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
+        return pipe
 
     def _follow(self, pipe: IO[bytes], on_output: Callable[[bytes], None]) -> int:
         """Pass on what the job prints until it ends; return its status."""

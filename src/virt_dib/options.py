@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from virt_dib import formats
+from virt_dib import break_points, formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
 from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
@@ -21,6 +21,7 @@ from virt_dib.translation import translated
 from virt_dib.usage import HelpFormatter
 
 PROG = "virt-dib"
+ON_ERROR = ("shell", "fail")
 _USAGE = "virt-dib [options] ELEMENT..."
 _DESCRIPTION = """\
 Build disk images from diskimage-builder elements. What the elements do happens
@@ -177,6 +178,17 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
         _value("--kvm", "kvm", "WHEN", "use KVM: 'auto' when it works (default), 'on', or 'off' to emulate"),
     ),
+    "shells in a build": (
+        _values(
+            "--break", "breaks", "POINT[,POINT...]",
+            "open a shell at these points: before-PHASE and after-PHASE, where PHASE is install and the like, and "
+            "after-error; leave it to go on",
+        ),
+        _value(
+            "--on-error", "on_error", "WHAT",
+            "when a script fails, open a 'shell' where it ran, or just 'fail' (default)",
+        ),
+    ),
     "caches": (
         _value(
             "--drive", "drive", "DISK",
@@ -260,9 +272,11 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "extra_data": ("guest", "host"),
     "kvm": ("auto", "on", "off"),
     "config": Offer.FILE,
+    "breaks": break_points.POINTS,
+    "on_error": ON_ERROR,
 }
 """What completion offers as values, by destination; nothing for one that is not here."""
-LISTS = frozenset({"formats"})
+LISTS = frozenset({"formats", "breaks"})
 """Destinations whose value is several of the words, separated by commas."""
 
 
@@ -310,6 +324,8 @@ class Given:
     machine_readable: str | None = None
     extra_data: str | None = None
     config: str | None = None
+    breaks: list[str] = field(default_factory=list)
+    on_error: str | None = None
     quiet: bool = False
     verbose: bool = False
     trace: bool = False

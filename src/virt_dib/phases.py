@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from virt_dib import environment as contract
 from virt_dib import online
+from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
 from virt_dib.interrupts import Limit, limited
@@ -17,6 +18,7 @@ from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
 from virt_dib.prerequisites import tools_not_found
 from virt_dib.report import PhaseResult, ScriptResult
+from virt_dib.shells import Shells
 from virt_dib.spec import BuildSpec, Phase, Where
 
 GUEST_SCRIPTS = f"{contract.GUEST}/guest"
@@ -33,23 +35,51 @@ _MOST_RESULTS = 10_000
 class Phases:
     """Runs the phases and steps of one build, one after the other."""
 
-    def __init__(self, owners: Mapping[str, str], monitor: BuildMonitor, script_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        owners: Mapping[str, str],
+        monitor: BuildMonitor,
+        breaks: Breaks = NO_BREAKS,
+        script_timeout_s: float | None = None,
+    ) -> None:
         self._owners = owners
         """Of scripts, ``PHASE/NAME``, the elements they are from."""
         self._script_timeout_s = script_timeout_s
         self.monitor = monitor
+        self.shells = Shells(breaks, monitor)
         self.results: list[PhaseResult] = []
 
     def run(self, place: Runner, phase: Phase, facts: Facts, *, also: Callable[[bytes], None] | None = None) -> None:
         """Run the scripts of *phase*, if it has any. What they print goes to the monitor, and to *also*.
+
+        Outside the chroot there are shells at its break points also if it has none, as with DIB.
 
         Raises:
             ScriptError: naming the one that failed.
         """
         variables = contract.for_phase(facts, phase)
         hooks = variables["TMP_HOOKS_PATH"]
-        if not place.is_directory(f"{hooks}/{phase.directory}"):
+        has_scripts = place.is_directory(f"{hooks}/{phase.directory}")
+        if not has_scripts and phase.where is Where.CHROOT:
             return
+        self.shells.before(place, phase, facts)
+        if has_scripts:
+            try:
+                self._run(place, phase, facts, variables, also)
+            except ScriptError as error:
+                self.shells.after_error(place, phase, facts, error)
+                raise
+        self.shells.after(place, phase, facts)
+
+    def _run(
+        self,
+        place: Runner,
+        phase: Phase,
+        facts: Facts,
+        variables: Mapping[str, str],
+        also: Callable[[bytes], None] | None,
+    ) -> None:
+        hooks = variables["TMP_HOOKS_PATH"]
         scripts = _PhaseScripts(phase, facts, self._owners, self.monitor, self._script_timeout_s)
         if phase.where is Where.CHROOT:
             command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, hooks, phase.directory]

@@ -171,8 +171,8 @@ class Sandbox:
         inside.send(b"go")
         inside.expect("ready")
         self._inside = inside
-        # As jobs.Place has it.
-        self.run = inside.run
+        # As jobs.Place has them.
+        self.run, self.shell = inside.run, inside.shell
 
     def discard(self) -> None:
         """End everything inside and begin to remove its files, for which :meth:`close` waits.

@@ -51,7 +51,7 @@ def make_tree(
                 _install_packages(plan, phases, place)
             if phase is not Phase.EXTRA_DATA or open_host is None:
                 phases.run(place, phase, plan.facts)
-            elif place.is_directory(f"{contract.HOOKS}/{phase.directory}"):
+            elif place.is_directory(f"{contract.HOOKS}/{phase.directory}") or phases.shells.wanted_for(phase):
                 with open_host() as host:
                     phases.run(host, phase, plan.facts)
             if phase is Phase.ROOT:
@@ -141,13 +141,15 @@ def _install_packages(plan: BuildPlan, phases: Phases, place: Place) -> None:
             on_output=phases.monitor.output,
         )
         if result.exit_status != 0:
-            raise ScriptError(
+            error = ScriptError(
                 f"installing the extra packages {', '.join(packages)}: install-packages failed with exit status "
                 f"{result.exit_status}",
                 hint="an element must provide install-packages, and the packages must exist; "
                 + phases.advice(plan.facts, Where.CHROOT),
                 details=phases.monitor.tail(LAST_LINES),
             )
+            phases.shells.after_error(place, Phase.INSTALL, plan.facts, error)
+            raise error
 
 
 def _size_kib(text: bytes, most_bytes: int) -> int:

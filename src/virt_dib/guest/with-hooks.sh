@@ -42,6 +42,8 @@ mkdir "$root/tmp/in_target.d"
 mount --bind "$hooks" "$root/tmp/in_target.d"
 mount -o remount,ro,bind "$hooks" "$root/tmp/in_target.d"
 
+# Ctrl-C in a shell is for the shell's own jobs, and must not end what comes after it.
+trap : INT QUIT
 status=0
 chroot "$root" "$@" || status=$?
 
