@@ -257,7 +257,7 @@ def _breaks(given: Given) -> Breaks:
         raise UsageError.of(wrong)
     if _choice("value of --on-error", given.on_error, ON_ERROR, "fail") == "shell":
         points.append(break_points.AFTER_ERROR)
-    return Breaks(points=frozenset(points), asked_by=asked_by)
+    return Breaks(points=frozenset(points), asked_by=asked_by) if points else NO_BREAKS
 
 
 def _target(text: str | None) -> Target | None:
