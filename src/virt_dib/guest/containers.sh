@@ -28,5 +28,6 @@ graphroot = "/dib/containers"
 runroot = "/run/containers"
 SETTINGS
 
-# Where crun looks, even when it is to make no group: a tmpfs is what it takes for control groups of the first version.
-mountpoint -q /sys/fs/cgroup || mount -t tmpfs -o size=64k,mode=755 cgroup /sys/fs/cgroup
+# Where crun looks, even when it is to make no group. A tmpfs it takes for control groups of the first version.
+mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup /sys/fs/cgroup 2>/dev/null ||
+    mount -t tmpfs -o size=64k,mode=755 cgroup /sys/fs/cgroup
