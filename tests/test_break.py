@@ -555,13 +555,14 @@ def look_beside_the_new_tree(person: Person) -> None:
     person.resize(50, 132)
     person.read_until("larger")
     person.read_until(prompt)
-    person.type("bash -c 'echo run\"\"ning; exec sleep 100000'\r")
+    person.type('bash -c \'trap "echo goes" CONT; echo run""ning; while sleep 0.2; do :; done\'\r')
     person.read_until("running")
     person.type(CTRL_Z)
     person.read_until("Stopped")
     person.read_until(prompt)
     person.type("fg\r")
-    person.read_until("sleep")
+    # It has the terminal again only then.
+    person.read_until("\ngoes")
     person.type(CTRL_C)
     person.read_until(prompt)
     person.type("exit\r")
@@ -648,6 +649,23 @@ def test_a_shell_on_the_host_and_one_after_its_script_has_failed(
 
 
 @pytest.mark.appliance
+def test_extra_packages_that_cannot_be_installed_are_an_error_too(
+    tmp_path: Path, temporary: Path, elements: Sequence[str]
+) -> None:
+    skip_without("sandbox")
+    script = "#!/bin/bash\necho exit 9 >$TARGET_ROOT/usr/local/bin/install-packages\n"
+    make_element(tmp_path / "elements", "none", {"root.d/90-none": script})
+    options = ["--isolation", "sandbox", "--extra-packages", "one", "--on-error", "shell"]
+    with build(tmp_path, temporary, *elements, *options, "tiny-os", "none") as running:
+        prompt = prompt_of("install.d")
+        running.person.read_until(prompt)
+        assert running.person.ask("install-packages; echo $?", prompt) == "9\n"
+        running.person.type("exit\r")
+        running.person.read_until("error: installing the extra packages one")
+        assert running.ended() == 1
+
+
+@pytest.mark.appliance
 def test_variables_of_the_drop_in_do_what_they_do_with_dib(tmp_path: Path, temporary: Path, element_dir: Path) -> None:
     skip_without("sandbox")
     make_element(tmp_path / "elements", "worse", {"install.d/60-worse": BUSY})
@@ -696,12 +714,20 @@ def test_ctrl_c_in_a_command_that_is_no_shell_ends_that_alone(
 
 
 @pytest.mark.appliance
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("isolation", "number"),
+    [
+        ("sandbox", signal.SIGINT),
+        ("sandbox", signal.SIGTERM),
+        ("sandbox", signal.SIGHUP),
+        ("vm", signal.SIGTERM),
+    ],
+)
 def test_a_signal_ends_a_build_whose_shell_is_open(
-    number: signal.Signals, tmp_path: Path, temporary: Path, elements: Sequence[str]
+    isolation: str, number: signal.Signals, tmp_path: Path, temporary: Path, elements: Sequence[str]
 ) -> None:
-    skip_without("sandbox")
-    options = ["--isolation", "sandbox", "--break", "before-root"]
+    skip_without(isolation)
+    options = ["--isolation", isolation, "--break", "before-root"]
     with build(tmp_path, temporary, *elements, *options, "tiny-os") as running:
         running.person.read_until(prompt_of("root.d"))
         os.kill(running.pid, number)

@@ -103,7 +103,7 @@ class Shells:
 
 def _for_people(phase: Phase) -> dict[str, str]:
     """Variables that make a shell one for people."""
-    prompt = rf"virt-dib {phase.directory}:\w\$ "
+    prompt = rf"virt-dib {phase.directory}:\W\$ "
     return {
         "TERM": terminal_name(),
         "PS1": prompt,
