@@ -72,6 +72,10 @@ test-debian: $(READY) ## full Debian builds, each booted; long
 test-full: $(READY) ## builds of elements from elsewhere and with older releases, and ramdisks of Debian; hours, needs the network
 	$(BIN)/pytest -m full
 
+.PHONY: test-drop-in
+test-drop-in: $(READY) ## command lines of disk-image-create, compared with what it makes of them; as root
+	$(BIN)/pytest -m drop_in
+
 .PHONY: bench
 bench: $(READY) ## a small build, timed against the virt-dib of guestfs-tools
 	@$(BIN)/python bench/tiny_build.py

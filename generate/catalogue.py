@@ -47,13 +47,30 @@ _ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "phase_started": ((0,), ()),
     "Check": ((), ("name", "detail", "hint")),
     "translated": ((0,), ()),
+    "error": ((0,), ()),
+    "Verdict": ((), ("reason",)),
+    "_Unusable": ((0,), ()),
+    "_Tool": ((1,), ()),
+    "require": ((), ("purpose",)),
+    "_tool": ((), ("user",)),
+    "_space": ((0, 3), ()),
 }
 _ERROR = ((0,), ("hint",))
 _NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
-_RETURNING = re.compile(r"_line|.*hint.*")
+_RETURNING = re.compile(r"_line|.*hint.*|install|_failure|_watch|_judge")
 """Functions that return messages."""
-_CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)")
+_CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)|OK|LACKING|SLOW|LOW")
 """Constants that are or hold messages."""
+_OF_ARGPARSE = (
+    "unrecognized arguments: {arguments}",
+    "argument {name}: {message}",
+    "argument {name}: not allowed with argument {other}",
+    "expected one argument",
+    "ignored explicit argument {value}",
+    "invalid choice: {value} (choose from {choices})",
+    "ambiguous option: {option} could match {options}",
+)
+"""What argparse says of wrong usage."""
 
 
 def messages(path: Path) -> Iterator[tuple[int, str]]:
@@ -85,13 +102,13 @@ class _Module:
                 yield from self._of_call(scope, node)
             elif isinstance(node, ast.Return) and node.value and isinstance(scope, ast.FunctionDef):
                 if _RETURNING.fullmatch(scope.name):
-                    yield from self._told(scope, node.value)
+                    for value in node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]:
+                        yield from self._told(scope, value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
                 part = isinstance(scope, ast.FunctionDef) and scope.name == "_line"
                 if isinstance(target, ast.Name) and (part or _CONSTANTS.fullmatch(target.id)):
-                    held = {ast.Dict: "keys", ast.Tuple: "elts"}.get(type(node.value))
-                    for value in getattr(node.value, held) if held else [node.value]:
+                    for value in _held(node.value):
                         yield from self._told(scope, value)
             yield from self._in(scope, node)
 
@@ -128,6 +145,13 @@ class _Module:
         for node in itertools.chain(ast.walk(scope), self._tree.body if scope is not self._tree else ()):
             if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
                 yield node.value
+
+
+def _held(value: ast.expr) -> list[ast.expr]:
+    """What a constant is or holds."""
+    if isinstance(value, ast.Dict):
+        return [part for part in (*value.keys, *value.values) if part is not None]
+    return value.elts if isinstance(value, ast.Tuple) else [value]
 
 
 def _named(value: ast.expr) -> str:
@@ -170,6 +194,9 @@ def template() -> Catalog:
     )
     for what, _, _ in NUMBERS.values():
         catalogue.add(what, locations=[("src/virt_dib/spec.py", 1)])
+    for text in _OF_ARGPARSE:
+        flags = ["python-brace-format"] if _PLACEHOLDER.search(text) else []
+        catalogue.add(text, locations=[("src/virt_dib/usage.py", 1)], flags=flags)
     for path in sorted(PACKAGE_DIR.glob("*.py")):
         for line, text in messages(path):
             flags = ["python-brace-format"] if _PLACEHOLDER.search(text) else []

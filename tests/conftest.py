@@ -105,10 +105,15 @@ def probe_build(isolation: str, element_dir: Path, tmp_path_factory: pytest.Temp
             "--isolation", isolation, "--envvar", "PROBE_VALUE=two words, 'quotes', $dollar", "--envvar", "DIB_PROBE=1",
             *(word for name, value in ODD_VARIABLES.items() for word in ("--envvar", f"{name}={value}")),
             "--envvar", "PROBE_CARRIED", "--envvar", "PROBE_UNSET",
-            "--extra-packages", "first,second", "--machine-readable=file:probe.events", "tiny-os", "probe",
+            "--extra-packages", "first,second", "--machine-readable=file:probe.events", "--host-certificates",
+            "tiny-os", "probe",
         ],
         cwd=tmp_path_factory.mktemp("probe-build"),
-        environment={"HOST_SECRET": "from the host", "TMPDIR": "/var/tmp", "PROBE_CARRIED": ODD_VALUE},
+        environment={
+            "HOST_SECRET": "from the host", "TMPDIR": "/var/tmp", "PROBE_CARRIED": ODD_VALUE,
+            # The option above says otherwise.
+            "VIRT_DIB_HOST_CERTIFICATES": "off",
+        },
     )  # fmt: skip
     assert run.exit_status == 0, run.stdout + run.stderr
     return run

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ INODE_BYTES = 256
 PIECE_BYTES = 1 << 20
 SHORT_LINK_BYTES = 60
 NANOSECONDS = 10**9
+OLD_DESCRIPTOR_BYTES = 32
+"""Of file systems without the feature 64bit, which do not tell."""
 
 DECIDED_BY_MKFS = {
     "Block count", "Block size", "Blocks per group", "Default directory hash", "Default mount options",
@@ -205,6 +207,19 @@ def superblock(image: Path, *, offset_bytes: int = 0) -> dict[str, str]:
     output = tools.run([dumpe2fs, "-h", place], doing="reading the superblock", environment={"LC_ALL": "C"}).stdout
     pairs = (line.partition(":") for line in output.splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def most_blocks(decided: Mapping[str, str]) -> tuple[int, int]:
+    """Between which numbers of blocks lies what a file system with that superblock was made to grow to at most.
+
+    Descriptors of groups have a place of their own, with blocks kept free for those that growing adds.
+    """
+    block_bytes, group_blocks = int(decided["Block size"]), int(decided["Blocks per group"])
+    in_a_block = block_bytes // int(decided.get("Group descriptor size", OLD_DESCRIPTOR_BYTES))
+    groups = -(-int(decided["Block count"]) // group_blocks)
+    descriptor_blocks = -(-groups // in_a_block) + int(decided["Reserved GDT blocks"])
+    step = in_a_block * group_blocks
+    return (descriptor_blocks - 1) * step, descriptor_blocks * step
 
 
 def complaints(image: Path, *, offset_bytes: int = 0) -> str:

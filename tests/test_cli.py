@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import platform
 import re
 import signal
@@ -423,6 +424,7 @@ def test_report_errors_passes_on_the_status_and_the_bugs(capsys: pytest.CaptureF
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.option("--version", "-V")
 @pytest.mark.parametrize("option", ["-V", "--version", "-qV", "--vers"])
 def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([option]) == 0
@@ -443,6 +445,34 @@ def test_mistakes_beside_list_elements_are_told(capsys: pytest.CaptureFixture[st
         "virt-dib: error: unknown option '--wat'",
         "virt-dib: error: cannot use 'x' as the size of the image",
     ]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("cli", ["--name", "{place}/d", "debian-minimal", "vm"]),
+        ("cli", ["--list-elements"]),
+        ("doctor", []),
+        ("boot_cli", ["{place}/image"]),
+    ],
+)
+def test_a_current_directory_that_was_removed(tmp_path: Path, program: str, arguments: list[str]) -> None:
+    code = (
+        "import os, sys\n"
+        f"from virt_dib.{program} import main\n"
+        "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = [word.format(place=tmp_path) for word in arguments]
+    # Also a relative place of the caches is looked for there.
+    environment = {**os.environ, "XDG_CACHE_HOME": "relative"}
+    command = [sys.executable, "-c", code, *words]
+    run = tools.run(command, doing="running it", cwd=tmp_path, environment=environment, check=False)
+    assert run.exit_status == 2
+    assert "error: cannot work in the current directory, which has been removed: " in run.stderr
+    assert "hint: change to a directory that exists" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_docker_target_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,13 @@ from virt_dib.spec import Phase
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 MANUAL = ROOT / "docs" / "virt-dib.rst"
-NUMBERS = {"memory": ("512", "1024", "2048", "4096"), "cpus": ("2", "3", "4", "5")}
+TIMES = ("60s", "90s", "1800s", "7200s")
+NUMBERS = {
+    "memory": ("512", "1024", "2048", "4096"),
+    "cpus": ("2", "3", "4", "5"),
+    "timeout": TIMES,
+    "script_timeout": TIMES,
+}
 IDS = [setting.key for setting in SETTINGS]
 
 
@@ -325,6 +331,8 @@ WRONG = {
     "extra-data": ("here", "unknown value of --extra-data 'here'"),
     "memsize": ("2G", "cannot use '2G' as the memory size in MB"),
     "smp": ("256", "cannot use '256' as the number of processors"),
+    "timeout": ("soon", "cannot use 'soon' as the time of --timeout"),
+    "script-timeout": ("0", "cannot use '0' as the time of --script-timeout"),
     "network": ("none", "cannot use 'none' as on or off"),
     "host-certificates": ("ON", "cannot use 'ON' as on or off"),
     "kvm": ("yes", "unknown value of --kvm 'yes'"),
@@ -634,6 +642,8 @@ def test_what_show_config_prints(surroundings: dict[str, str], user: Path, tmp_p
         ("extra-data", "host", "command line"),
         ("memsize", "4096", f"{own}:2"),
         ("smp", "3", "VIRT_DIB_SMP"),
+        ("timeout", "-", "default"),
+        ("script-timeout", "-", "default"),
         ("network", "off", f"{own}:3"),
         ("host-certificates", "on", "default"),
         ("kvm", "off", "LIBGUESTFS_BACKEND_SETTINGS"),

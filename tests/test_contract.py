@@ -104,6 +104,7 @@ def nodes(isolation: str, phase: Phase) -> set[str]:
     return SANDBOX_NODES if isolation == "sandbox" and phase in UNTIL_POST_ROOT else set()
 
 
+@pytest.mark.option("--envvar")
 @pytest.mark.parametrize("phase", Phase)
 def test_variables_that_are_the_same_everywhere(probe_dir: Path, phase: Phase) -> None:
     seen = environment(probe_dir, phase)
@@ -214,6 +215,7 @@ def test_mounts_on_the_tree_outside(probe_dir: Path, isolation: str, phase: Phas
         assert below == kernel
 
 
+@pytest.mark.option("--extra-packages")
 def test_the_image_is_as_the_elements_left_it_and_clean(probe_build: Run) -> None:
     image = files_in_image(probe_build.output_dir / "probe.raw")
     assert image.label() == "cloudimg-rootfs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from virt_dib import boot, doctor, formats, kvm, prerequisites, tools
 from virt_dib.errors import Problem
 from virt_dib.prerequisites import Check, Host
+from virt_dib.terminal import columns_of
 
 DEBIAN = 'ID=debian\nVERSION="12 (bookworm)"\n'
 UBUNTU = "ID=ubuntu\nID_LIKE=debian\n"
@@ -288,6 +290,34 @@ def test_colours_mark_the_words_only() -> None:
 def test_the_conclusion_of_a_host_that_is_only_slow() -> None:
     results = [Check(name="KVM", ok=False, detail="no", required=False, failing="slow")]
     assert doctor.table(results, colour=False).endswith("\na build can work here; worth a look: KVM\n")
+
+
+PROSE = re.compile(r"\b[a-z]+ [a-z]+ [a-z]+ [a-z]+")
+COMMANDS = re.compile(
+    r"apt-get install|-m venv --system-site-packages DIR|pip install virt-dib|'[^']*'|import of guestfs halted.*"
+)
+
+
+@pytest.mark.parametrize("state", ["complete", "bare", "locked"])
+def test_the_table_is_in_japanese_and_aligned(host: FakeHost, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    monkeypatch.setenv("LANGUAGE", "ja")
+    if state == "bare":
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setitem(sys.modules, "guestfs", None)
+        host.kernel.unlink()
+        shutil.rmtree(host.root / "usr/lib")
+    elif state == "locked":
+        monkeypatch.setattr(kvm.Kernel, "is_readable", False)
+        monkeypatch.setattr(prerequisites, "BUILD_SPACE_BYTES", 1 << 60)
+    results = list(host.checks().values())
+    lines = doctor.table(results, colour=False).splitlines()
+    assert [line for line in lines if PROSE.search(COMMANDS.sub("", line))] == []
+    names = {"カーネル", "一時領域", "libguestfs アプライアンス"}
+    beginnings = {
+        columns_of(line[: line.index(name)]) for name in names for line in lines[:-2] if f"  {name}  " in line
+    }
+    assert len(beginnings) == 1
+    assert lines[-1].startswith("ここではまだ" if state != "complete" else "ここで")
 
 
 def run_doctor(environment: Mapping[str, str], *arguments: str) -> tools.Result:

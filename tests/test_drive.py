@@ -142,6 +142,7 @@ def test_encrypted_and_damaged_qcow2_images(tmp_path: Path) -> None:
         path.write_bytes(good.read_bytes())
         patch(path, offset, data)
         assert reason in refusal(path)
+        assert str(path) not in refusal(path)
     short = tmp_path / "short"
     short.write_bytes(good.read_bytes()[:50])
     assert refusal(short) == "it is not a qcow2 image"
@@ -423,7 +424,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     arguments: list[str | Path] = [
         "--name", "x", "--formats", "raw", "--size", "1G", "--skip-base", "-p", directory / "elements", "--drive",
         image, "--image-cache", directory / "cache", "--exclude-element", "install-bin", "--exclude-element",
-        "package-installs", "tiny-os", "fetch",
+        "package-installs", "--no-network", "--network", "tiny-os", "fetch",
     ]  # fmt: skip
     runs = []
     with serving() as server:
@@ -441,6 +442,7 @@ def on_drive(builds: Builds) -> ExtFiles:
     return files_in_image(raw, offset_bytes=PARTITION_BYTES)
 
 
+@pytest.mark.option("--drive", "--network")
 @pytest.mark.appliance
 def test_a_second_build_downloads_nothing(builds: Builds) -> None:
     assert builds.first.exit_status == 0, builds.first.stdout + builds.first.stderr
@@ -458,6 +460,7 @@ def test_the_home_directory_is_on_the_drive(builds: Builds, on_drive: ExtFiles) 
     assert on_drive.names("/home/.cache/image-create") == ["image"]
 
 
+@pytest.mark.option("--image-cache")
 @pytest.mark.appliance
 def test_extra_data_caches_in_the_directory_on_the_host(builds: Builds) -> None:
     assert "home: /dib/home, cache: /dib/extra-data-cache: data \n" in builds.first.stdout
@@ -482,6 +485,25 @@ def test_the_drive_is_whole_after_a_build_that_failed(on_drive: ExtFiles) -> Non
 
 
 # ---- in a plan ----
+
+
+@pytest.mark.option("--drive-format")
+def test_a_format_that_is_named_is_not_found_out(tmp_path: Path) -> None:
+    """Told with the other mistakes, so that nothing is built."""
+    path = ext4_drive(tmp_path / "drive")
+    patch(path, 0, to_qcow2(ext4_drive(tmp_path / "other", kind="ext3")).read_bytes()[:104])
+    before = digest(path)
+
+    def refused(*options: str) -> str:
+        run = virt_dib(["--drive", path, *options, "no-such-element"], cwd=tmp_path)
+        assert run.exit_status == 2
+        assert "element 'no-such-element' not found" in run.stderr
+        return run.stderr
+
+    assert "as helper drive: " in refused()
+    assert "as helper drive: " in refused("--drive-format", "qcow2")
+    assert "as helper drive: " not in refused("--drive-format", "raw")
+    assert digest(path) == before
 
 
 def test_without_the_appliance_there_is_no_drive(tmp_path: Path) -> None:

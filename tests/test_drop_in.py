@@ -80,10 +80,10 @@ def raw(*more: str, **fields: object) -> Case:
 
 QUICK: Mapping[str, Case] = {
     "probe": Case(arguments=["-n", "-t", "raw", "-o", "out/probe", "tiny-os probe", ""], variables=SIZE | {
-        "DIB_PROBE": "a b\nc", "PROBE_OTHER": "käse $HOME", "http_proxy": "http://127.0.0.1:9",
+        "DIB_PROBE": "a b\nc", "PROBE_OTHER": "käse $HOME", "http_proxy": "http://192.0.2.9:9",
     }, directories=["out"]),
     "many-formats": Case(
-        arguments=["tiny-os", "leaves", "-n", "-t", "qcow2,raw,tar,tgz", "--checksum", "--image-size", "0.25", "-xo",
+        arguments=["tiny-os", "leaves", "-n", "-t", "qcow2,raw,tgz", "--checksum", "--image-size", "0.25", "-xo",
                    "sub/made"], directories=["sub"], files={"sub/made.qcow2": "old", "sub/made.qcow2.md5": "old sum"},
     ),
     "failing-script": raw("fails-install"),
@@ -226,7 +226,7 @@ def run(case: Case, program: str, directory: Path, elements: Path) -> Outcome:
 def names(outcome: Outcome) -> list[str]:
     """All files, dates in names as one word."""
     found = [path.relative_to(outcome.directory) for path in outcome.directory.rglob("*") if not path.is_dir()]
-    return sorted(_DATE.sub("-DATE.", str(name)) for name in found)
+    return sorted(_DATE.sub("-DATE.", str(name)) for name in found if name.parts[0] != "probe")
 
 
 def texts(outcome: Outcome) -> dict[str, str]:
@@ -255,7 +255,8 @@ def tree(image: Path) -> list[tuple[str, object]]:
     return [
         (repr(path), ext4.told(entries[path], without=without if path in (b"/", b"") else frozenset({"mtime_ns"})))
         for path in sorted(entries)
-        if not path.startswith(b"/var/lib/probe/")
+        # DIB loses what begins with a dot at the top of the tree (contract section 1.4).
+        if not path.startswith((b"/var/lib/probe/", b"/."))
     ]
 
 
@@ -275,7 +276,9 @@ def members(archive: Path) -> list[tuple[str, bytes, int, int, int, str, str]]:
                 hashlib.sha256(tar.extractfile(member).read()).hexdigest() if member.isreg() else "",  # type: ignore[union-attr]
             )
             for member in tar
-            if not member.name.startswith(("./dev/", "./proc/", "./sys/")) and member.name not in ("./proc", "./sys")
+            # DIB loses what begins with a dot at the top, and takes the content of /dev with it.
+            if not member.name.startswith(("./dev/", "./proc/", "./sys/", "./."))
+            and member.name not in ("./proc", "./sys")
         )  # fmt: skip
 
 
@@ -342,7 +345,7 @@ def check(name: str, case: Case, elements: Path, directory: Path) -> None:
     if case.stdout_only:
         assert ours.printed == theirs.printed
     check_images(theirs, ours)
-    if "probe/cleanup.d.environment" in names(theirs):
+    if (theirs.directory / "probe").exists():
         wanted = probed(theirs)
         for phase, variables in probed(ours).items():
             assert compared(variables) == compared(wanted[phase]), phase
@@ -357,7 +360,7 @@ def test_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path
     check(name, QUICK[name], elements, tmp_path)
 
 
-@pytest.mark.full
+@pytest.mark.drop_in
 @pytest.mark.needs_root
 @pytest.mark.parametrize("name", FULL)
 def test_all_else_is_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path) -> None:

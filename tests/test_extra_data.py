@@ -197,6 +197,7 @@ def builds(account: Account, repositories: Path) -> tuple[tuple[Run, str], tuple
     return first, second, cached
 
 
+@pytest.mark.option("--extra-data")
 def test_repositories_that_need_the_users_credentials(builds: tuple[tuple[Run, str], object, object]) -> None:
     run, seen = builds[0]
     assert run.exit_status == 0, run.stdout + run.stderr

@@ -98,6 +98,7 @@ def test_the_image_has_what_the_scripts_made_of_the_tree(build: tuple[str, Path,
         assert node.startswith("character special file")
 
 
+@pytest.mark.option("--extra-data", "--image-cache")
 def test_the_cache_is_the_hosts(build: tuple[str, Path, Run]) -> None:
     assert (build[1] / "cache/cached").read_text() == "cached\n"
 

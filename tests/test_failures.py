@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from helpers import Run, make_element, skip_without, virt_dib
-from virt_dib import tools
+from virt_dib import api, events, staging, tools
+from virt_dib.errors import ToolError
 from virt_dib.spec import Phase
 
 OLD = "an image of an earlier build"
@@ -183,6 +184,32 @@ def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tm
     assert "--size" in " ".join(hints(run))
 
 
+@pytest.mark.option("--no-delete-on-failure")
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        pytest.param(["--no-delete-on-failure"], [".disk.raw.*.partial", "disk.log"], marks=pytest.mark.appliance),
+        pytest.param([], ["disk.log"], marks=pytest.mark.full),
+    ],
+    ids=["kept", "deleted"],
+)
+def test_outputs_that_are_not_complete(
+    element_dir: Path, output_dir: Path, tmp_path: Path, options: list[str], left: list[str]
+) -> None:
+    small, listing = tmp_path / "small", tmp_path / "listing"
+    small.mkdir()
+    # The file system goes with the mount namespace, so it is looked into there. The image does not fit into it.
+    look = f'mount -t tmpfs -o size=1m none {small}; "$@"; status=$?; ls -A {small} >{listing}; exit $status'
+    arguments: list[str | Path] = [*options, "--name", small / "disk", "--formats", "raw", "--size", "200M"]
+    arguments += ["--isolation", "auto", "--skip-base", "-p", element_dir, "tiny-os"]
+    run = fail(arguments, output_dir, tmp_path, run_by=hidden(look))
+    assert run.exit_status == 1
+    assert errors(run)[0].startswith("virt-dib: error: writing 'disk.raw'")
+    assert "No space left on device" in errors(run)[0]
+    found = listing.read_text().split()
+    assert [re.sub(r"(?<=raw\.)\w+", "*", name) for name in sorted(found)] == left
+
+
 @pytest.mark.parametrize(
     "phase",
     [
@@ -269,7 +296,37 @@ def test_nothing_is_built_without_elements(tmp_path: Path) -> None:
     assert "debian-minimal" in " ".join(hints(run))
 
 
+@pytest.mark.full
+def test_an_output_directory_that_is_removed_in_the_middle(element_dir: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+
+    def remove(event: events.Event) -> None:
+        if isinstance(event, events.PhaseStarted) and output_dir.exists():
+            staging.remove_tree(output_dir)
+
+    spec = api.BuildSpec(
+        name="x", output_dir=output_dir, elements=("tiny-os",), element_paths=(element_dir,), skip_base=True
+    )
+    with pytest.raises(ToolError, match="the directory has been removed meanwhile") as caught:
+        api.build_image(spec, options=api.RunOptions(isolation=api.Isolation.SANDBOX), listener=remove)
+    assert caught.value.problems[0].hint
+
+
 # ---- what is shown ----
+
+
+@pytest.mark.full
+def test_a_build_that_leaves_nothing_for_the_user_has_a_warning(element_dir: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    arguments: list[str | Path] = ["--isolation", "sandbox", "--skip-base", "-p", element_dir, "--name", "x"]
+    run = virt_dib([*arguments, "tiny-os", "no-final-image"], cwd=tmp_path)
+    assert run.exit_status == 0, run.stdout + run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.log"]
+    because = "because of element 'no-final-image' there is no image, and the elements left no other files: "
+    assert f"warning: {because}files for the user are those in the working directory" in run.stdout
+
 
 OWN_LINE = re.compile(r"\[ *[0-9]+\.[0-9]\] (.*)")
 
@@ -284,13 +341,15 @@ def shown(option: str, element_dir: Path, output_dir: Path, tmp_path: Path) -> t
     return run.stdout, [match[1] for match in map(OWN_LINE.fullmatch, run.stdout.splitlines()) if match]
 
 
+@pytest.mark.option("--quiet")
 @pytest.mark.appliance
 def test_quiet_shows_errors_alone(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
-    out, _ = shown("-q", element_dir, output_dir, tmp_path)
+    out, _ = shown("--quiet", element_dir, output_dir, tmp_path)
     assert out == ""
     assert b"last words" in (output_dir / "disk.log").read_bytes()
 
 
+@pytest.mark.option("-x")
 @pytest.mark.appliance
 def test_x_traces_the_calls_of_libguestfs_alone(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     out, own = shown("-x", element_dir, output_dir, tmp_path)
@@ -302,6 +361,7 @@ def test_x_traces_the_calls_of_libguestfs_alone(element_dir: Path, output_dir: P
     assert not any("root.d/60-bad failed" in line for line in own)
 
 
+@pytest.mark.option("-v")
 @pytest.mark.appliance
 def test_verbose_shows_times_and_what_libguestfs_does(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     _, own = shown("-v", element_dir, output_dir, tmp_path)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
 import hashlib
 import io
 import json
 import os
+import re
 import stat
 import struct
 import tarfile
@@ -74,6 +76,15 @@ def test_options_that_qemu_img_refuses(tmp_path: Path, names: str, options: str,
         check_options(names.split(","), options, tmp_path / "scratch")
     assert str(tmp_path) not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_options_are_listed_is_told_of_each_format(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_options(["vhd", "raw", "qcow2"], "foo=1", tmp_path / "scratch")
+    commands = "qemu-img create -f vpc -o help; qemu-img create -f qcow2 -o help"
+    assert caught.value.problems[0].hint == f"what there is: {commands}"
+    for command in commands.split("; "):
+        assert "Supported options:" in tools.run([*command.split(), "x"], doing="asking", cwd=tmp_path).stdout
 
 
 def test_zstd_is_tried_with_the_options(tmp_path: Path) -> None:
@@ -272,6 +283,22 @@ def test_checksums_of_files_of_any_name(disk: Path, tmp_path: Path, name: str) -
         tools.run([f"{kind}sum", "-c", "--strict", f"{name}.raw.{kind}"], doing="checking", cwd=tmp_path)
 
 
+@pytest.mark.parametrize("left", [set(), {".x.raw.mark.partial", ".x.qcow2.mark.partial"}], ids=["go", "stay"])
+def test_what_a_build_has_written_that_fails(disk: Path, tmp_path: Path, left: set[str]) -> None:
+    spec = dataclasses.replace(asking(delete_on_failure=not left), name="x", output_dir=tmp_path)
+    workspace = tmp_path / "virt-dib-mark"
+    workspace.mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    with contextlib.suppress(ToolError), open_outputs(spec, workspace) as outputs:
+        outputs.convert(formats.select(["raw", "qcow2"]), formats.Sources(disk=disk, archive=None))
+        raise ToolError("what comes after it failed")
+    assert {path.name for path in tmp_path.iterdir()} - before == left
+    for name in left:
+        image_format = name.split(".")[2]
+        words: list[str | Path] = [qemu_img(), "compare", "-f", "raw", "-F", image_format, disk, tmp_path / name]
+        tools.run(words, doing="comparing")
+
+
 @pytest.mark.parametrize(
     ("name", "target", "called"),
     [("web-1.2", None, "web-1-2:latest"), ("Web Server", None, "web-server:latest"), ("--", None, "image:latest"),
@@ -362,7 +389,8 @@ def built(element_dir: Path, containers: Mapping[str, str], tmp_path_factory: py
     files = {"root.d/90-strange-tree": script, "post-root.d/90-strange-tree": script}
     make_element(directory / "elements", "strange-tree", files)
     output_dir = directory / "out"
-    output_dir.mkdir()
+    (output_dir / "x.d").mkdir(parents=True)
+    (output_dir / "x.d" / "manifest").write_text("of an earlier build\n")
     run = virt_dib(
         [
             "--name", "x", "--formats", ALL, "--checksum", "--docker-target", TARGET, "--size", "1G", "--skip-base",
@@ -459,7 +487,14 @@ def differences(
 def test_all_files_are_there_and_no_others(built: Built) -> None:
     images = [f"x.{name}" for name in formats.KNOWN if name != "docker"]
     sums = [f"{name}.{kind}" for name in images for kind in ("md5", "sha256")]
-    assert sorted(path.name for path in built.directory.iterdir()) == sorted([*images, *sums, "x.log"])
+    assert sorted(path.name for path in built.directory.iterdir()) == sorted([*images, *sums, "x.log", "x.d"])
+
+
+@pytest.mark.appliance
+def test_a_directory_of_an_earlier_build_stays_where_this_one_left_nothing_and_is_told(built: Built) -> None:
+    assert [path.name for path in built.file("d").iterdir()] == ["manifest"]
+    warning = r"warning: '\S*x\.d' is of an earlier build, for this one left no files\n"
+    assert len(re.findall(warning, built.file("log").read_text())) == 1
 
 
 @pytest.mark.appliance
@@ -480,12 +515,23 @@ def test_disk_images_hold_the_same(built: Built, output: str) -> None:
     tools.run(command, doing="comparing")
 
 
+@pytest.mark.option("--checksum")
 @pytest.mark.appliance
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
 def test_checksums_are_what_their_programs_check(built: Built, kind: str) -> None:
     sums = sorted(path.name for path in built.directory.glob(f"*.{kind}"))
     said = tools.run([f"{kind}sum", "-c", "--strict", *sums], doing="checking", cwd=built.directory).stdout
     assert sorted(said.splitlines()) == sorted(f"{name.removesuffix('.' + kind)}: OK" for name in sums)
+
+
+@pytest.mark.option("--compression")
+@pytest.mark.appliance
+def test_the_qcow2_is_compressed_as_asked_for(built: Built) -> None:
+    said = tools.run([qemu_img(), "info", "--output=json", built.file("qcow2")], doing="asking").stdout
+    assert json.loads(said)["format-specific"]["data"]["compression-type"] == "zstd"
+    extents = json.loads(tools.run([qemu_img(), "map", "--output=json", built.file("qcow2")], doing="asking").stdout)
+    # Compressed clusters have no place that could be named.
+    assert not any("offset" in extent for extent in extents if extent["data"])
 
 
 @pytest.mark.appliance
@@ -538,6 +584,7 @@ def without_acls(attributes: object) -> object:
     return {name: value for name, value in attributes.items() if name not in ACLS}
 
 
+@pytest.mark.option("--docker-target")
 @pytest.mark.appliance
 def test_the_oci_archive_is_one_to_skopeo(built: Built, tmp_path: Path) -> None:
     source = f"oci-archive:{built.file('oci')}"
@@ -550,8 +597,13 @@ def test_the_oci_archive_is_one_to_skopeo(built: Built, tmp_path: Path) -> None:
     tools.run(["skopeo", *policy, "copy", source, f"dir:{tmp_path}"], doing="copying")
     with tarfile.open(built.file("oci")) as archive:
         assert archive.getnames()[:2] == ["oci-layout", "index.json"]
+        index = archive.extractfile("index.json")
+        assert index is not None
+        (manifest,) = json.load(index)["manifests"]
+    assert manifest["annotations"]["org.opencontainers.image.ref.name"] == TARGET
 
 
+@pytest.mark.option("--docker-target", "--formats")
 @pytest.mark.appliance
 @pytest.mark.needs_root
 @needs_root

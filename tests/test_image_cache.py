@@ -7,6 +7,8 @@ import contextlib
 import fcntl
 import io
 import os
+import resource
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -20,7 +22,7 @@ from helpers import make_element, make_tiny_os
 from test_staging import as_ordinary_user, run_python
 from virt_dib import environment as contract
 from virt_dib import image_cache, layout, tools
-from virt_dib.errors import ApplianceError, ScriptError, UsageError
+from virt_dib.errors import ApplianceError, ScriptError, ToolError, UsageError
 from virt_dib.image_cache import ImageCache, Received
 from virt_dib.monitor import BuildMonitor
 from virt_dib.phases import Phases
@@ -158,6 +160,25 @@ def test_an_entry_that_the_build_has_removed_stays(cache: Path, start: Callable[
     (build.copy / "image").unlink()
     assert build.end().entries == ()
     assert content(cache) == BEFORE
+
+
+@pytest.mark.parametrize("full", ["the copy", "the cache"])
+def test_a_host_that_refuses_to_write_is_told_whatever_it_says(cache: Path, tmp_path: Path, full: str) -> None:
+    (cache / "large").write_bytes(bytes(64 << 10))
+    if full == "the cache":
+        shutil.rmtree(cache)
+        cache.symlink_to("/proc/sys/none")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, limits[1]))
+    try:
+        with pytest.raises(ToolError) as caught:
+            ImageCache(cache, tmp_path).copy_to(tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # Of a file that is open already the host does not say which it is.
+    reason = "File too large" if full == "the copy" else f"File exists: '{cache}'"
+    assert str(caught.value) == f"copying the image cache '{cache}' for the build: {reason}"
+    assert "--image-cache" in str(caught.value.problems[0].hint)
 
 
 def test_the_next_build_gets_what_the_last_one_cached(start: Callable[[], Build]) -> None:

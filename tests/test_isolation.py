@@ -39,9 +39,10 @@ def failing(tmp_path: Path, element_dir: Path) -> list[str]:
 # ---- which one ----
 
 
+@pytest.mark.option("--isolation", "--kvm")
 def test_auto_takes_the_sandbox_where_kvm_does_not_work(failing: list[str], output_dir: Path, tmp_path: Path) -> None:
     run = fail(["--isolation", "auto", "--kvm", "off", *failing], output_dir, tmp_path)
-    assert "isolation: sandbox, since KVM does not work here: " in run.stdout
+    assert "isolation: sandbox, since KVM does not work here: KVM is forced off by --kvm" in run.stdout
     assert "emulat" not in run.stdout
     assert "root.d/05-bad of element 'bad' failed with exit status 9" in errors(run)[0]
 

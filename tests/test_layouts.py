@@ -118,6 +118,8 @@ chmod 2775 /var/log /var/log/spread
 """
 """Something for each of the file systems above, and odd owners and modes of the mount points."""
 LARGE_ESP_FILE = b"x" * 300_000
+MOST_BLOCKS = 16 << 20
+"""For file systems that shall grow to 64 GiB and no more; by itself mke2fs takes a thousand times their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class Layout:
 
 LAYOUTS = {
     "mbr": Layout(elements=("block-device-mbr",)),
-    "gpt": Layout(elements=("block-device-gpt",)),
+    "gpt": Layout(elements=("block-device-gpt",), options=("--envvar", f"MAX_ONLINE_RESIZE={MOST_BLOCKS}")),
     "efi": Layout(elements=("block-device-efi",), size="2G"),
     "efi-4k": Layout(elements=("block-device-efi-4k",), size="2G", sector_bytes=4096),
     "efi-lvm": Layout(elements=("block-device-efi-lvm",), size="42G"),
@@ -351,6 +353,15 @@ def test_gpt(disk: BuildDisk, isolation: str) -> None:
     assert names == ["BSP", "root"]
     root = files_in_image(image, offset_bytes=table(image)["partitions"][1]["start"] * 512)
     assert root.text("/.top-level-dot-file") == "dot file\n"
+
+
+@isolations()
+def test_how_far_the_root_can_grow(disk: BuildDisk, isolation: str) -> None:
+    """As --max-online-resize of disk-image-create has it, which is a variable here."""
+    image = disk("gpt", isolation)
+    offset_bytes = table(image)["partitions"][1]["start"] * 512
+    less, most = ext4.most_blocks(ext4.superblock(image, offset_bytes=offset_bytes))
+    assert less < MOST_BLOCKS <= most
 
 
 @isolations(*ISOLATIONS)

@@ -134,6 +134,7 @@ def run_with(arguments: Sequence[str], cwd: Path, redirections: str = "") -> Run
     return Run(exit_status=result.exit_status, stdout=result.stdout, stderr=result.stderr, output_dir=cwd)
 
 
+@pytest.mark.option("--machine-readable")
 @pytest.mark.parametrize(
     ("option", "redirections", "place"),
     [
@@ -328,6 +329,7 @@ def by_kind(found: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, 
     return [event for event in found if event["event"] == kind]
 
 
+@pytest.mark.option("--machine-readable")
 @pytest.mark.appliance
 def test_the_events_of_a_build(probe_build: Run) -> None:
     directory = probe_build.output_dir

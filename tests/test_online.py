@@ -250,6 +250,7 @@ SHOW = '#!/bin/bash\necho "offline: [$DIB_OFFLINE], interfaces: [$(cd /sys/class
 FETCH = "busybox wget http://nowhere.invalid/ || status=$?; for i in {1..20}; do echo retry; done; exit $status\n"
 
 
+@pytest.mark.option("--no-network")
 @pytest.mark.appliance
 @pytest.mark.parametrize(
     ("where", "shown"),
@@ -293,6 +294,7 @@ def certificates() -> str:
     return found.text
 
 
+@pytest.mark.option("--host-certificates")
 @pytest.mark.appliance
 @pytest.mark.parametrize("phase", CHROOT)
 def test_scripts_inside_see_the_hosts_certificates(probe_dir: Path, certificates: str, phase: Phase) -> None:

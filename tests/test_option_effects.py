@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ext4
 from helpers import Run, files_in_image, make_element, make_tiny_os, skip_without, virt_dib
 from virt_dib import dib, tools
 
@@ -20,8 +21,10 @@ set -eu
 [[ $DIB_DEBUG_TRACE == 0 ]] || set -x
 mkdir -p /var/lib/notes
 echo "$ARCH:$DIB_DEBUG_TRACE:$DIB_DEFAULT_INSTALLTYPE:$IMAGE_ELEMENT" >/var/lib/notes/variables
+echo "${SSL_CERT_FILE-unset} ${CURL_CA_BUNDLE-unset} ${APT_CONFIG-unset}" >/var/lib/notes/certificates
 """
 _MACHINE = "#!/bin/bash\nset -eu\nnproc >processors\ngrep -o '[0-9]*' <(head -1 /proc/meminfo) >memory\n"
+MOST_BLOCKS = 16 << 20
 _FAILS = "#!/bin/bash\nexit 1\n"
 
 
@@ -39,9 +42,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "--isolation", "sandbox", "--kvm", "off", "--formats", "raw,qcow2", "--name", "effects",
             "--arch", "arm64", "--debug", "2", "--install-type", "package",
             "--exclude-script", "60-fails", "--exclude-element", "unwanted",
-            "--size", "640M", "--fs-type", "ext3", "--root-label", "the-root", "--mkfs-options", "-I 512",
+            "--size", "640M", "--fs-type", "ext3", "--root-label", "the-root",
+            "--mkfs-options", f"-I 512 -E resize={MOST_BLOCKS}",
             "--memsize", "1500", "--smp", "3", "-u", "--qemu-img-options", "cluster_size=32768",
-            "-x", "--color", "--wrap", "tiny-os", "notes",
+            "--no-host-certificates", "-x", "--color", "--wrap", "tiny-os", "notes",
         ],
         cwd=tmp_path_factory.mktemp("effects"),
         environment={"COLUMNS": "40"},
@@ -50,7 +54,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-@pytest.mark.option("--arch", "--debug", "--install-type", "--exclude-element", "--exclude-script", "-B")
+@pytest.mark.option("--arch", "--debug", "--install-type", "--exclude-element", "--exclude-script")
+@pytest.mark.option("-B", "--element-path", "--skip-base")
 def test_what_scripts_are_told_and_which_run(build: Run) -> None:
     files = files_in_image(build.output_dir / "effects.raw")
     arch, debug, install_type, elements = files.text("/var/lib/notes/variables").strip().split(":")
@@ -61,20 +66,28 @@ def test_what_scripts_are_told_and_which_run(build: Run) -> None:
     assert "60-fails" not in log
 
 
+@pytest.mark.option("--no-host-certificates")
+def test_no_variable_names_certificates_of_the_host(build: Run) -> None:
+    files = files_in_image(build.output_dir / "effects.raw")
+    # With them it does in any build: test_online.py.
+    assert files.text("/var/lib/notes/certificates") == "unset unset unset\n"
+
+
 @pytest.mark.option("--size", "--fs-type", "--root-label", "--mkfs-options")
 def test_the_disk_and_its_file_system(build: Run) -> None:
     image = build.output_dir / "effects.raw"
     assert image.stat().st_size == 640 * 1024**2
-    dumpe2fs = tools.require("dumpe2fs", purpose="look into images", package="e2fsprogs")
-    found = tools.run([dumpe2fs, "-h", image], doing="reading the file system").stdout
-    assert re.search(r"^Inode size:\s+512$", found, re.MULTILINE)
-    assert re.search(r"^Filesystem volume name:\s+the-root$", found, re.MULTILINE)
-    features = next(line for line in found.splitlines() if line.startswith("Filesystem features"))
+    found = ext4.superblock(image)
+    assert (found["Inode size"], found["Filesystem volume name"]) == ("512", "the-root")
+    features = found["Filesystem features"].split()
     assert "has_journal" in features
-    assert "extent" not in features.split()
+    assert "extent" not in features
+    # This is how the manual says --max-online-resize of disk-image-create is had.
+    less, most = ext4.most_blocks(found)
+    assert less < MOST_BLOCKS <= most
 
 
-@pytest.mark.option("--memsize", "-m", "--smp")
+@pytest.mark.option("--memsize", "--smp")
 def test_the_appliance_is_as_large_as_asked_for(build: Run) -> None:
     files = build.output_dir / "effects.d"
     assert (files / "processors").read_text() == "3\n"
@@ -94,7 +107,7 @@ def test_the_qcow2_image_is_not_compressed_and_has_the_options(build: Run) -> No
     assert all("offset" in extent for extent in data)
 
 
-@pytest.mark.option("-x", "--color", "--wrap", "--kvm")
+@pytest.mark.option("-x", "--color", "--wrap")
 def test_messages_are_coloured_wrapped_and_tell_the_calls_of_libguestfs(build: Run) -> None:
     assert "trace: launch" in build.stdout.replace("\n         ", " ")
     own = re.findall(r"\x1b\[3[0-9]m(\[ *[0-9.]+\] [^\x1b]*)\x1b\[0m", build.stdout)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers import TESTS
-from virt_dib import supermin, tools
+from virt_dib import kvm, supermin, tools
 from virt_dib.errors import PrerequisiteError, UsageError
 
 OTHER_USER = 65534
@@ -130,3 +130,23 @@ def test_the_cache_of_another_user(library: Path, tmp_path: Path) -> None:
     assert "cannot keep the appliance's files" in said
     assert "Permission denied" in said
     assert "set XDG_CACHE_HOME" in said
+
+
+@pytest.mark.appliance
+def test_the_appliance_is_made_once_for_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [str(path) for pattern in ("lib*/guestfs", "lib*/*/guestfs") for path in Path("/usr").glob(pattern)]
+    directory = supermin.prepare(tmp_path / "cache", places)
+
+    def made() -> dict[str, int]:
+        fixed = supermin.build(directory, tmp_path)
+        return {name: (fixed / name).stat().st_ino for name in ("kernel", "initrd", "root")}
+
+    first = made()
+    assert made() == first
+    kernel = kvm.host_kernels()[0]
+    shutil.copy(kernel.path, tmp_path / "vmlinuz-of-mine")
+    monkeypatch.setenv("SUPERMIN_KERNEL", str(tmp_path / "vmlinuz-of-mine"))
+    monkeypatch.setenv("SUPERMIN_MODULES", f"/lib/modules/{kernel.release}")
+    second = made()
+    assert second["kernel"] != first["kernel"]
+    assert made() == second

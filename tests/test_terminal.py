@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from virt_dib import tools
 from virt_dib.monitor import BuildMonitor, Display
 from virt_dib.options import BY_NAME
-from virt_dib.terminal import Style, columns_of, fold
+from virt_dib.terminal import Style, columns_of, cut, fold, padded
 
 RED = "\x1b[31;1m"
 SPELLINGS = ["--color", "--colors", "--colour", "--colours"]
@@ -135,6 +135,22 @@ def test_folding_loses_nothing_and_keeps_to_the_width(text: str, columns: int, i
         # Only what cannot be broken, and could not begin further to the left, is longer.
         pieces = fold(line.lstrip(), 1).split("\n")
         assert columns_of(line.rstrip()) <= columns or columns_of("".join(pieces[:-1])) <= min(indent, columns // 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "shown"),
+    [
+        ("abcdef", 6, "abcdef"), ("abcdefg", 6, "abc..."), ("日本語", 6, "日本語"), ("日本語の", 6, "日..."),
+        ("日本語", 5, "日..."), ("abcdef", 3, "..."), ("abc", 2, ".."), ("abc", 0, ""), ("abc", -1, ""),
+    ],
+)  # fmt: skip
+def test_cutting(text: str, columns: int, shown: str) -> None:
+    assert cut(text, columns) == shown
+
+
+def test_padding_to_columns() -> None:
+    assert padded("日本", 6) == "日本  "
+    assert padded("abc", 2) == "abc"
 
 
 def test_columns() -> None:

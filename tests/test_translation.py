@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import re
 import string
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generate import catalogue
-from virt_dib import tools
+from virt_dib import boot_cli, doctor, options, tools
 from virt_dib.events import Event, to_all
 from virt_dib.monitor import BuildMonitor, Display, summary
 from virt_dib.options import BY_NAME
@@ -26,7 +28,10 @@ from virt_dib.terminal import columns_of
 from virt_dib.translation import Catalogue, translated
 
 LANGUAGES = [path.stem for path in sorted(catalogue.PO_DIR.glob("*.po"))]
-FRONT = ("cli", "command_line", "configuration", "events", "monitor", "options", "spec")
+FRONT = (
+    "boot_cli", "cli", "command_line", "configuration", "doctor", "events", "monitor", "options", "prerequisites",
+    "spec", "usage",
+)  # fmt: skip
 """Modules whose messages are translated whole. Of all messages nine in ten are."""
 JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
@@ -73,18 +78,61 @@ def test_the_help_is_in_japanese_and_aligned(environment: dict[str, str], tmp_pa
     text = run("--help", cwd=tmp_path, COLUMNS="80", **environment).stdout
     assert text.startswith("使い方: virt-dib [オプション] ELEMENT...\n")
     assert max(map(columns_of, text.splitlines())) < 90
-    options = text[text.index("\n作成するもの:\n") : text.index("\n例:\n")]
-    column = columns_of(options[: options.index("イメージの名前")].splitlines()[-1])
-    for line in options.splitlines():
+    described = text[text.index("\n作成するもの:\n") : text.index("\n例:\n")]
+    column = columns_of(described[: described.index("イメージの名前")].splitlines()[-1])
+    for line in described.splitlines():
         # A text, or an option with or without a text beside it.
         assert not line.startswith(" " * column) or line[column] != " ", line
         assert not line.startswith("  -") or len(line) <= column or re.search(r"^(?=.{22}  \S)|^[ -~]*$", line), line
-    assert all(name in options for name in BY_NAME)
+    assert all(name in described for name in BY_NAME)
     untranslated = [
-        line for line in re.sub(r"\n {20,}", "", options).splitlines() if line and not JAPANESE.search(line)
+        line for line in re.sub(r"\n {20,}", "", described).splitlines() if line and not JAPANESE.search(line)
     ]
     # Options alone on their line; their text is on the next.
     assert [line for line in untranslated if not line.startswith("  -")] == []
+
+
+def words_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """All that the help says in words."""
+    yield from filter(None, (parser.description, parser.epilog))
+    for group in parser._action_groups:  # noqa: SLF001 - argparse's one list of groups
+        if group._group_actions:  # noqa: SLF001 - likewise
+            yield from filter(None, (group.title, *(action.help for action in group._group_actions)))  # noqa: SLF001
+
+
+@pytest.mark.parametrize("build_parser", [options.build_parser, doctor.build_parser, boot_cli.build_parser])
+def test_no_sentence_of_a_help_is_in_english(
+    build_parser: Callable[[], argparse.ArgumentParser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    english = {"".join(text.split()) for text in words_of(build_parser()) if " " in text}
+    assert len(english) >= 3
+    monkeypatch.setenv("LANGUAGE", "ja")
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = build_parser()
+    shown = parser.format_help()
+    assert [text for text in words_of(parser) if not JAPANESE.search(text)] == []
+    assert [text for text in english if text in "".join(shown.split())] == []
+    assert max(map(columns_of, shown.splitlines())) < 90
+    assert shown.startswith("使い方: ")
+
+
+@pytest.mark.usefixtures("in_japanese")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--format", "vdi", "x"], "引数 --format: 選択肢にありません: 'vdi'"),
+        (["--timeout", "soon", "x"], "引数 --timeout: 'soon' は使えません。0 より大きい秒数を指定してください"),
+        (["--timeout"], "引数 --timeout: 値が 1 つ必要です"),
+        (["--frob", "x"], "不明な引数: --frob"),
+        (["--uefi", "--bios", "x"], "引数 --bios は引数 --uefi と同時に指定できません"),
+        ([], "IMAGE か、--kernel と --initrd を指定してください"),
+    ],
+)
+def test_wrong_usage_is_told_in_japanese(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        boot_cli.main(arguments)
+    assert caught.value.code == 2
+    assert f"virt-dib-boot-test: エラー: {said}" in capsys.readouterr().err
 
 
 def test_errors_and_hints_are_in_japanese_with_the_values_as_they_are(tmp_path: Path) -> None:

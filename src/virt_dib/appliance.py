@@ -63,6 +63,7 @@ _DRIVE_HINTS = {
     5: "remove files in it, or make a larger drive; 10G or more are recommended",
 }
 """By the statuses of ``guest/drive.sh``."""
+_OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -193,7 +194,8 @@ class Appliance:
             self._drive_is_open = False
             reason = ([line for line in result.tail.splitlines() if line.strip()] or ["no reason given"])[-1]
             raise ApplianceError(
-                f"cannot use '{drive.path}' as helper drive: {reason}", hint=_DRIVE_HINTS.get(result.exit_status)
+                f"cannot use '{drive.path}' as helper drive: {reason}",
+                hint=_DRIVE_HINTS.get(result.exit_status, _OTHER_DRIVE_HINT),
             )
 
     def _start_again(self) -> None:

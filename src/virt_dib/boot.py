@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib import kvm, tools
+from virt_dib.disk_images import HEAD_BYTES, format_by, qcow2_header
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
-from virt_dib.monitor import Sanitiser
+from virt_dib.plain_text import Sanitiser
 
 FORMATS = ("raw", "qcow2")
 DEFAULT_EXPECT = r"login:"
@@ -189,16 +190,13 @@ def probe_format(image: Path) -> str:
         UsageError: a disk image of another kind.
         ToolError: it cannot be read.
     """
-    head = _head(image, 8)
-    if head.startswith(b"QFI\xfb"):
-        return "qcow2"
-    for magic, name in ((b"KDMV", "VMDK"), (b"conectix", "VHD"), (b"vhdxfile", "VHDX"), (b"<<< ", "VDI")):
-        if head.startswith(magic):
-            raise UsageError(
-                f"cannot boot '{image}': it is a {name} image",
-                hint="give the raw or qcow2 image of the same build",
-            )
-    return "raw"
+    found = format_by(_head(image, HEAD_BYTES))
+    if found not in FORMATS:
+        raise UsageError(
+            f"cannot boot '{image}': it is a {found.upper()} image",
+            hint="give the raw or qcow2 image of the same build",
+        )
+    return found
 
 
 # ---- the image ----
@@ -220,16 +218,15 @@ def _head(path: Path, size_bytes: int, *, what: str = "image") -> bytes:
 
 
 def _check_qcow2(image: Path) -> None:
-    """Refuse a qcow2 that leads qemu to other files of the host (qemu, docs/interop/qcow2.txt)."""
-    head = _head(image, 104).ljust(104, b"\0")
-    magic, version, backing_offset = struct.unpack_from(">4sIQ", head)
-    (incompatible,) = struct.unpack_from(">Q", head, 72)
-    if magic != b"QFI\xfb":
+    """Refuse a qcow2 that leads qemu to other files of the host."""
+    header = qcow2_header(_head(image, HEAD_BYTES))
+    if header is None:
         raise UsageError(f"cannot boot '{image}': it is no qcow2 image", hint="leave out --format to have it detected")
-    has_data_file = version >= 3 and incompatible & 0x4  # noqa: PLR2004 - the version that has these bits
-    if backing_offset or has_data_file:
+    if header.has_backing_file or header.has_data_file:
         raise UsageError(
-            f"cannot boot '{image}': it is not complete without {'a data' if has_data_file else 'a backing'} file",
+            f"cannot boot '{image}': it is not complete without a data file"
+            if header.has_data_file
+            else f"cannot boot '{image}': it is not complete without a backing file",
             hint="make one image of it: qemu-img convert -O qcow2 OLD NEW",
         )
 

@@ -8,16 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from virt_dib import boot, kvm
+from virt_dib import boot, kvm, tools
 from virt_dib.boot import BootResult, Firmware
 from virt_dib.cli import report_errors
 from virt_dib.command_line import wanted_kvm
 from virt_dib.errors import VirtDibError
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import printable, write_out
+from virt_dib.plain_text import printable, write_out
 from virt_dib.supermin import cache_dir
+from virt_dib.translation import translated
+from virt_dib.usage import Parser
 
 _PROG = "virt-dib-boot-test"
+_DESCRIPTION = (
+    "Start a disk image in a virtual machine, without changing the image and without a network, and wait for its "
+    "login prompt on the serial console. Or start a kernel with its initramfs, and wait for what --expect says."
+)
+_EPILOG = "Exit status: 0 it came up, 1 it did not, 2 wrong usage, 130 interrupted."
 _LONGEST_WAIT_S = 7 * 24 * 3600
 _LEAST_MEMORY_MIB = 64
 _MEMORY_DIGITS = 7
@@ -31,65 +38,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report_errors(_PROG, lambda: _test(options))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options, for those who compare them with the manual too."""
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        description="Start a disk image in a virtual machine, without changing the image and without a network, "
-        "and wait for its login prompt on the serial console. Or start a kernel with its initramfs, and wait for "
-        "what --expect says.",
-        epilog="Exit status: 0 it came up, 1 it did not, 2 wrong usage, 130 interrupted.",
+    parser = Parser(_PROG, _DESCRIPTION, _EPILOG)
+    parser.arguments.add_argument(
+        "image", metavar="IMAGE", type=Path, nargs="?", help=translated("a raw or qcow2 disk image")
     )
-    parser.add_argument("image", metavar="IMAGE", type=Path, nargs="?", help="a raw or qcow2 disk image")
-    parser.add_argument("--kernel", metavar="FILE", type=Path, help="instead of an image, a kernel, with --initrd")
-    parser.add_argument("--initrd", metavar="FILE", type=Path, help="the initramfs for --kernel")
-    parser.add_argument(
+    options = parser.options
+    options.add_argument(
+        "--kernel", metavar="FILE", type=Path, help=translated("instead of an image, a kernel, with --initrd")
+    )
+    options.add_argument("--initrd", metavar="FILE", type=Path, help=translated("the initramfs for --kernel"))
+    options.add_argument(
         "--append",
         dest="arguments",
         metavar="TEXT",
         default="",
-        help="what the kernel is told besides 'console=ttyS0'",
+        help=translated("what the kernel is told besides 'console=ttyS0'"),
     )
-    firmware = parser.add_mutually_exclusive_group()
+    firmware = options.add_mutually_exclusive_group()
     firmware.add_argument(
-        "--uefi", dest="firmware", action="store_const", const=Firmware.UEFI, help="start it by UEFI (OVMF)"
+        "--uefi",
+        dest="firmware",
+        action="store_const",
+        const=Firmware.UEFI,
+        help=translated("start it by UEFI (OVMF)"),
     )
     firmware.add_argument(
         "--bios",
         dest="firmware",
         action="store_const",
         const=Firmware.BIOS,
-        help="start it by BIOS; without --uefi and --bios the partition table decides",
+        help=translated("start it by BIOS; without --uefi and --bios the partition table decides"),
     )
-    parser.add_argument(
-        "--format", dest="image_format", choices=boot.FORMATS, help="format of the image (default: by its content)"
+    options.add_argument(
+        "--format",
+        dest="image_format",
+        choices=boot.FORMATS,
+        help=translated("format of the image (default: by its content)"),
     )
-    parser.add_argument(
+    _add_waiting(options)
+    options.add_argument("-v", "--verbose", action="store_true", help=translated("print the console as it comes"))
+    return parser
+
+
+def _add_waiting(options: argparse._ArgumentGroup) -> None:
+    """What is waited for, how long, and in how large a machine."""
+    options.add_argument(
         "--timeout",
         dest="timeout_s",
         metavar="SECONDS",
         type=_seconds,
         default=boot.DEFAULT_TIMEOUT_S,
-        help="how long to wait (default: %(default)g)",
+        help=translated(f"how long to wait (default: {boot.DEFAULT_TIMEOUT_S:g})"),
     )
-    parser.add_argument(
+    options.add_argument(
         "--expect",
         metavar="REGEX",
-        help=f"what to wait for on the console (default for an image: '{boot.DEFAULT_EXPECT}')",
+        help=translated(f"what to wait for on the console (default for an image: '{boot.DEFAULT_EXPECT}')"),
     )
-    parser.add_argument(
+    options.add_argument(
         "--memsize",
         dest="memory_mib",
         metavar="MB",
         type=_mebibytes,
         default=boot.DEFAULT_MEMORY_MIB,
-        help="memory of the virtual machine (default: %(default)s)",
+        help=translated(f"memory of the virtual machine (default: {boot.DEFAULT_MEMORY_MIB})"),
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the console as it comes")
-    return parser
 
 
-def _check_what(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def _check_what(parser: Parser, options: argparse.Namespace) -> None:
     """Either an image, or a kernel with its initramfs and what to wait for."""
     if options.kernel is None:
         if options.initrd is not None or options.arguments:
@@ -120,6 +138,7 @@ def _mebibytes(text: str) -> int:
 
 
 def _test(options: argparse.Namespace) -> int:
+    tools.require_working_directory()
     with interrupts():
         return _boot(options)
 
@@ -128,12 +147,13 @@ def _boot(options: argparse.Namespace) -> int:
     verdict = kvm.choose(wanted=wanted_kvm(), kernel=None, cache_dir=cache_dir())
     accelerate = verdict.acceleration is kvm.Acceleration.KVM
     if options.verbose and not accelerate:
-        _print_line(f"emulating the machine, about 15 times slower than with KVM: {verdict.reason}")
+        _print_line(translated(f"emulating the machine, about 15 times slower than with KVM: {verdict.reason}"))
     result = _start(options, accelerate=accelerate)
-    how = f"{result.firmware.value}, {'KVM' if accelerate else 'emulated'}"
+    firmware = translated("no boot loader") if result.firmware is Firmware.NONE else result.firmware.value
+    how = f"{firmware}, {'KVM' if accelerate else translated('emulated')}"
     what = options.image or options.kernel
     if result.passed:
-        _print_line(f"{what.name}: booted to '{result.reason}' in {result.seconds:.1f} s ({how})")
+        _print_line(translated(f"{what.name}: booted to '{result.reason}' in {result.seconds:.1f} s ({how})"))
         return 0
     if not options.verbose:
         _show_end(result)
@@ -182,7 +202,7 @@ def _hint(result: BootResult, *, timed_out: bool) -> str:
 
 def _show_end(result: BootResult) -> None:
     if result.last_lines:
-        lines = ["the last lines of its console:", *(f"  {printable(line)}" for line in result.last_lines)]
+        lines = [translated("the last lines of its console:"), *(f"  {printable(line)}" for line in result.last_lines)]
         write_out(sys.stderr, "\n".join(lines) + "\n")
 
 

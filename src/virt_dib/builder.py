@@ -30,15 +30,24 @@ from virt_dib import environment as contract
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.break_points import NO_BREAKS, Breaks, after, before
 from virt_dib.disk_stage import DiskStage, Lengths
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ScriptError, ToolError, UsageError, VirtDibError
+from virt_dib.errors import (
+    ApplianceError,
+    PrerequisiteError,
+    Problem,
+    ScriptError,
+    ToolError,
+    UsageError,
+    VirtDibError,
+    reason_of,
+)
 from virt_dib.events import Listener, ignore
 from virt_dib.hooks import Script
-from virt_dib.interrupts import Cancellation, cancellable
+from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
 from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import Outputs, open_outputs
-from virt_dib.phases import Phases
+from virt_dib.phases import LAST_LINES, Phases
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult
 from virt_dib.sandbox import open_sandbox
@@ -53,7 +62,6 @@ _STARTING_SANDBOX = "starting the sandbox"
 _COPYING_TO_HOST = "copying the tree to the host"
 _COPYING_BACK = "copying back what has changed"
 _MAKING_BUILD_DISK = "making the build disk"
-_WRITING = "writing"
 _SUMMING = "computing checksums"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _MANIFESTS = "dib-manifests"
@@ -75,6 +83,10 @@ class RunOptions:
     """Have libguestfs tell what it does, and the appliance what it says on its console."""
     temporary_dir: Path | None = None
     """For the disks of the build; None: TMPDIR or ``/var/tmp``."""
+    timeout_s: float | None = None
+    """How long the build may take; None: as long as it takes."""
+    script_timeout_s: float | None = None
+    """How long one script of an element may take; likewise."""
     breaks: Breaks = NO_BREAKS
     """Where it stops for a shell on the terminal that is standard input and output (docs/breaking-in.md)."""
 
@@ -96,13 +108,24 @@ def build_image(
         Interrupted: *cancellation* was used; likewise.
     """
     monitor = BuildMonitor(listener)
-    with monitor.following(spec), cancellable(cancellation):
+    limit = Limit(options.timeout_s, lambda: _too_long(options.timeout_s, monitor))
+    with monitor.following(spec), cancellable(cancellation), limited(limit):
+        limit.start()
         report = _build(spec, problems, options, monitor)
     monitor.finished(report)
     return report
 
 
+def _too_long(timeout_s: float | None, monitor: BuildMonitor) -> VirtDibError:
+    return ToolError(
+        f"building the image: it has taken longer than {timeout_s:g} s, and is not at its end: {monitor.now}",
+        hint="give it more time with --timeout, or none to end it",
+        details=monitor.tail(LAST_LINES),
+    )
+
+
 def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, monitor: BuildMonitor) -> BuildReport:
+    tools.require_working_directory()
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
         wrong = shells.problems_of(options.breaks, workspace / _SHELL_SOCKET)
         plan = _plan(spec, workspace, [*problems, *wrong], options)
@@ -110,7 +133,8 @@ def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, mo
         log_path = spec.output_dir / f"{spec.name}.log" if lasting else workspace / "build.log"
         with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
-            build = _Build(plan, Phases(plan.hooks.owners, monitor, options.breaks), workspace, options)
+            phases = Phases(plan.hooks.owners, monitor, options.breaks, options.script_timeout_s)
+            build = _Build(plan, phases, workspace, options)
             artifacts = build.run()
     with contextlib.suppress(OSError):  # it was not to last, or somebody tidied it away; the build is good all the same
         log = Artifact(path=log_path, format="log", allocated_bytes=log_path.stat().st_blocks * 512)
@@ -123,7 +147,7 @@ def _steps(plan: BuildPlan) -> int:
     phases = [phase for phase in Phase if (plan.staging.hooks_dir / phase.directory).is_dir()]
     copying = 2 if plan.facts.on_host is not None and Phase.EXTRA_DATA in phases else 0
     more = bool(plan.spec.extra_packages) + bool(plan.image_cache) + copying
-    steps = [*disk_stage.STEPS, _WRITING, *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
+    steps = [*disk_stage.STEPS, "writing", *([disk_stage.ARCHIVING] if formats.wants_archive(plan.formats) else [])]
     steps += [_SUMMING] if plan.spec.checksums else []
     return 1 + len(phases) + len(steps) + more
 
@@ -149,6 +173,7 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
     Raises:
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
+    tools.require_working_directory()
     with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
         plan = _plan(spec, workspace, problems, options)
         return ImagePlan(
@@ -173,13 +198,25 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT and _is_gone(output_dir):
+            raise ToolError(
+                f"writing the files of the build in '{output_dir}': the directory has been removed meanwhile",
+                hint="build again, and leave it where it is",
+            ) from error
         if error.errno not in _HOST_ERRORS:
             raise
         raise ToolError(
-            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {error.strerror}"
-            + (f": '{error.filename}'" if error.filename else ""),
+            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {reason_of(error)}",
             hint="make room there; TMPDIR names another directory for the disks of a build",
         ) from error
+
+
+def _is_gone(directory: Path) -> bool:
+    """Whether it has been removed; the current one is still there then, but has no name any more."""
+    try:
+        return directory.stat().st_nlink == 0
+    except FileNotFoundError:
+        return True
 
 
 class _Build:
@@ -244,7 +281,7 @@ class _Build:
         for choice in formats.choices(self._plan.formats):
             self._monitor.message(choice)
         archive = None if self._archive_disk is None else self._archive_disk.path
-        with self._phases.step(f"{_WRITING} {', '.join(output.name for output in self._plan.formats)}"):
+        with self._phases.step(f"writing {', '.join(output.name for output in self._plan.formats)}"):
             outputs.convert(self._plan.formats, formats.Sources(disk=self._image_disk.path, archive=archive))
         if outputs.engine is not None:
             self._monitor.message(f"docker: imported to {outputs.engine}, for {self._plan.spec.docker_target}")

@@ -7,14 +7,15 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
-from virt_dib import configuration
+from virt_dib import configuration, tools
 from virt_dib.command_line import CommandLine, parse
 from virt_dib.errors import Interrupted, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
 from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
-from virt_dib.monitor import Display, one_line, printable, summary, write_out
+from virt_dib.monitor import Display, summary
 from virt_dib.options import PROG
+from virt_dib.plain_text import one_line, printable, write_out
 from virt_dib.report import BuildReport
 from virt_dib.terminal import AUTOMATIC, Style
 from virt_dib.translation import translated
@@ -87,6 +88,7 @@ def _list_elements(command: CommandLine) -> int:
         raise UsageError.of(command.problems)
     from virt_dib import plan  # noqa: PLC0415 - as in _build
 
+    tools.require_working_directory()
     # DIB takes any directory for an element; these are nobody's choice.
     names = [name for name in sorted(plan.find_elements(command.spec)) if not name.startswith(("_", "."))]
     write_out(sys.stdout, "".join(f"{printable(name)}\n" for name in names))
@@ -113,6 +115,8 @@ def _build(command: CommandLine, listener: Listener) -> BuildReport:
                 kvm=options.kvm,
                 trace=options.trace,
                 verbose=options.verbose,
+                timeout_s=options.timeout_s,
+                script_timeout_s=options.script_timeout_s,
                 breaks=options.breaks,
             ),
             listener=listener,

@@ -36,11 +36,15 @@ from virt_dib.spec import (
     check_name,
     check_variable,
     host_arch,
+    parse_duration,
     parse_size,
 )
 from virt_dib.terminal import AUTOMATIC, Style
 
 _T = TypeVar("_T")
+
+_IN_UNITS = {"memory": "memory_mib", "timeout": "timeout_s", "script_timeout": "script_timeout_s"}
+"""Destinations of options, and the fields they become."""
 
 _DEFAULT_NAME = "image"
 _STAND_IN_TARGET: str | None = "image:latest"
@@ -59,6 +63,8 @@ class Options:
     kvm: str = "auto"
     """``auto``, ``on`` or ``off``."""
     isolation: Isolation = Isolation.VM
+    timeout_s: float | None = None
+    script_timeout_s: float | None = None
     style: Style = AUTOMATIC
     list_elements: bool = False
     show_config: bool = False
@@ -105,6 +111,10 @@ def read(
         trace=given.trace,
         kvm=values.take(lambda: _kvm(given.kvm), "auto", "kvm"),
         isolation=values.take(lambda: _isolation(given.isolation), Isolation.VM, "isolation"),
+        timeout_s=values.take(lambda: _duration(given.timeout, "--timeout"), None, "timeout"),
+        script_timeout_s=values.take(
+            lambda: _duration(given.script_timeout, "--script-timeout"), None, "script_timeout"
+        ),
         style=Style(colour=given.colour, wrap=given.wrap),
         list_elements=given.list_elements,
         show_config=given.show_config,
@@ -140,12 +150,14 @@ def wanted_kvm(environment: Mapping[str, str] | None = None) -> str:
 def _in_force(spec: BuildSpec, options: Options, origins: Mapping[str, str]) -> tuple[InForce, ...]:
     rows = []
     for setting in configuration.SETTINGS:
-        name = "memory_mib" if setting.dest == "memory" else setting.dest
+        name = _IN_UNITS.get(setting.dest, setting.dest)
         value = getattr(options if name in Options.__slots__ else spec, name)
         if isinstance(value, enum.Enum):
             value = value.value
         elif isinstance(value, bool):
             value = "on" if value else "off"
+        elif isinstance(value, float):
+            value = f"{value:g}s"
         text = None if value is None else str(value)
         rows.append(InForce(key=setting.key, text=text, origin=origins[setting.dest]))
     return tuple(rows)
@@ -322,6 +334,10 @@ def _switch(text: str | None) -> bool:
     if text is not None and text not in _SWITCHES:
         raise UsageError(f"cannot use '{text}' as on or off", hint=f"choose from {', '.join(_SWITCHES)}")
     return text is None or _SWITCHES[text]
+
+
+def _duration(text: str | None, option: str) -> float | None:
+    return None if text is None else parse_duration(text, f"the time of {option}")
 
 
 def _extra_data(text: str | None) -> ExtraData:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from virt_dib import kvm
 from virt_dib.errors import Problem, UsageError
-from virt_dib.monitor import printable
 from virt_dib.options import BY_NAME, GROUPS, OFFERS, PROG, Given, Offer, Takes, closest
+from virt_dib.plain_text import printable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,7 +42,7 @@ _LONGEST_FILE_BYTES = 1 << 16
 _NAME_IT_HINT = "or name it, if it is what you want: --config FILE"
 _DESTINATIONS = frozenset({
     "dib_library", "python", "isolation", "extra_data", "memory", "cpus", "network", "host_certificates", "kvm",
-    "drive", "drive_format", "image_cache", "compression",
+    "drive", "drive_format", "image_cache", "compression", "timeout", "script_timeout",
 })  # fmt: skip
 """What can be set so: how and with what builds run on a host, not what is built.
 

@@ -14,7 +14,7 @@ from virt_dib.dib_command import DibCommand
 from virt_dib.dib_output import DibOutput
 from virt_dib.errors import Interrupted, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import write_out
+from virt_dib.plain_text import write_out
 from virt_dib.releases import Rules
 from virt_dib.spec import BuildSpec
 
@@ -79,6 +79,8 @@ def _build(command: DibCommand, installation: DibInstallation) -> int:
                     isolation=command.options.isolation,
                     kvm=command.options.kvm,
                     temporary_dir=command.temporary_dir,
+                    timeout_s=command.options.timeout_s,
+                    script_timeout_s=command.options.script_timeout_s,
                     breaks=command.breaks,
                 ),
                 listener=display,

@@ -24,7 +24,7 @@ from virt_dib import environment as contract
 from virt_dib import events, formats
 from virt_dib.errors import ToolError
 from virt_dib.events import Event
-from virt_dib.monitor import Sanitiser, one_line, printable, write_out
+from virt_dib.plain_text import Sanitiser, one_line, printable, write_out
 from virt_dib.report import Artifact
 from virt_dib.spec import Phase, Where
 

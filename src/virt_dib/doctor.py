@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from virt_dib import cli, command_line, prerequisites
+from virt_dib import cli, command_line, prerequisites, tools
 from virt_dib.interrupts import interrupts
-from virt_dib.monitor import printable, write_out
+from virt_dib.plain_text import printable, write_out
 from virt_dib.prerequisites import Check
-from virt_dib.terminal import AUTOMATIC, coloured
+from virt_dib.terminal import AUTOMATIC, coloured, columns_of, padded
+from virt_dib.translation import translated
+from virt_dib.usage import Parser
 
 _PROG = "virt-dib-doctor"
+_DESCRIPTION = "Check what virt-dib needs on this host, and say how to get what is missing."
+_EPILOG = "Exit status: 0 when a build can work here, 1 when not, 2 wrong usage, 130 interrupted."
 _COLOURS = {
     prerequisites.OK: "32",
-    prerequisites.MISSING: "31;1",
+    prerequisites.LACKING: "31;1",
     prerequisites.SLOW: "33",
     prerequisites.LOW: "33",
 }
@@ -25,14 +28,10 @@ _OPTIONAL_COLOUR = "33"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 when a build can work here."""
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        description="Check what virt-dib needs on this host, and say how to get what is missing.",
-        epilog="Exit status: 0 when a build can work here, 1 when not, 2 wrong usage, 130 interrupted.",
-    )
-    parser.parse_args(argv)
+    build_parser().parse_args(argv)
 
     def examine() -> int:
+        tools.require_working_directory()
         with interrupts():
             results = prerequisites.check_host(kvm=command_line.wanted_kvm())
         write_out(sys.stdout, table(results, colour=AUTOMATIC.colours(sys.stdout)))
@@ -41,24 +40,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.report_errors(_PROG, examine)
 
 
+def build_parser() -> Parser:
+    """Its only option is --help."""
+    return Parser(_PROG, _DESCRIPTION, _EPILOG)
+
+
 def table(results: Sequence[Check], *, colour: bool) -> str:
     """One line for each check, below those that are not ok what to do, and the conclusion."""
-    words_width = max(len(check.word) for check in results)
-    names_width = max(len(check.name) for check in results)
+    rows = [(translated(check.word), translated(check.name)) for check in results]
+    words_width, names_width = (max(map(columns_of, column)) for column in zip(*rows, strict=True))
     lines = []
-    for check in results:
-        word = check.word.ljust(words_width)
+    for check, (word, name) in zip(results, rows, strict=True):
+        begin = padded(word, words_width)
         if colour:
-            word = coloured(word, _COLOURS[check.word] if check.required or check.ok else _OPTIONAL_COLOUR)
-        lines.append(f"{word}  {check.name.ljust(names_width)}  {printable(check.detail)}")
+            begin = coloured(begin, _COLOURS[check.word] if check.required or check.ok else _OPTIONAL_COLOUR)
+        lines.append(f"{begin}  {padded(name, names_width)}  {printable(translated(check.detail))}")
         if check.hint and not check.ok:
-            lines.append(" " * (words_width + names_width + 4) + printable(check.hint))
+            lines.append(" " * (words_width + names_width + 4) + printable(translated(check.hint)))
     return "\n".join([*lines, "", _conclusion(results)]) + "\n"
 
 
 def _conclusion(results: Sequence[Check]) -> str:
-    failed = [check.name for check in results if check.required and not check.ok]
+    failed = _names(check for check in results if check.required and not check.ok)
     if failed:
-        return f"a build cannot work here yet, for want of: {', '.join(failed)}"
-    wanting = dict.fromkeys(check.name for check in results if not check.ok)
-    return "a build can work here" + (f"; worth a look: {', '.join(wanting)}" if wanting else "")
+        return translated(f"a build cannot work here yet, for want of: {failed}")
+    wanting = _names(check for check in results if not check.ok)
+    return translated(f"a build can work here; worth a look: {wanting}" if wanting else "a build can work here")
+
+
+def _names(checks: Iterable[Check]) -> str:
+    return ", ".join(dict.fromkeys(translated(check.name) for check in checks))

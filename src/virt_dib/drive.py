@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The helper drive of --drive, a disk image of the user's: looked at before anything starts, held by one build.
 
-Elements write to it, so what is in it is not trusted. Its header is read here, and not by qemu-img, which opens
-whatever files a header names. What was found out about the format is never asked again: the appliance gets it told,
-and it is noted beside the file, lest elements write into a raw drive what looks like another format to the next build.
+Elements write to it, so what is in it is not trusted. Its header is read by virt-dib, and not by qemu-img, which
+opens whatever files a header names. What was found out about the format is never asked again: the appliance gets it
+told, and it is noted beside the file, lest elements write into a raw drive what looks like another format to the next
+build.
 """
 
 from __future__ import annotations
@@ -20,25 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib import tools
+from virt_dib.disk_images import HEAD_BYTES, format_by, qcow2_header
 from virt_dib.errors import UsageError
 
 FORMATS = ("raw", "qcow2")
 LEAST_BYTES = 64 << 20
 """What must be free on it; ``guest/drive.sh`` has the same number."""
 
-_QCOW2 = b"QFI\xfb"
-_OTHERS = {
-    b"KDMV": "vmdk", b"COWD": "vmdk", b"# Disk DescriptorFile": "vmdk", b"vhdxfile": "vhdx", b"conectix": "vhd",
-    b"QED\0": "qed", b"<<< ": "vdi", b"LUKS\xba\xbe": "luks", b"WithoutFreeSpace": "parallels",
-    b"WithouFreSpacExt": "parallels",
-}  # fmt: skip
-"""How files of other formats begin."""
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQ")
-"""docs/interop/qcow2.txt of QEMU, the first 80 bytes."""
 _FLOCK = struct.Struct("hhqqi4x")
 """struct flock of fcntl(2)."""
-_CORRUPT, _DATA_FILE = 2, 4
-"""Among the incompatible features, the last of these."""
 _NOTE = "user.virt-dib.drive-format"
 _CORRUPTIONS_STATUS, _LEAKS_STATUS = 2, 3
 """Of qemu-img check."""
@@ -115,7 +106,7 @@ def _read(path: Path) -> tuple[int, bytes]:
         if not stat.S_ISREG(state.st_mode) and not stat.S_ISBLK(state.st_mode):
             raise _refusal(path, "it is neither a file nor a block device", "give the file of a disk image")
         with path.open("r+b", buffering=0) as stream:
-            return stream.seek(0, os.SEEK_END), os.pread(stream.fileno(), _HEADER.size, 0)
+            return stream.seek(0, os.SEEK_END), os.pread(stream.fileno(), HEAD_BYTES, 0)
     except OSError as error:
         if error.errno == errno.ENOENT:
             reason, hint = "it does not exist", _make_hint(shlex.quote(str(path)))
@@ -131,12 +122,11 @@ def _make_hint(name: str) -> str:
 
 
 def _detect(path: Path, header: bytes) -> str:
-    other = next((name for begin, name in _OTHERS.items() if header.startswith(begin)), None)
-    if other is not None:
+    found = format_by(header)
+    if found not in FORMATS:
         name = shlex.quote(str(path))
         hint = f"qemu-img convert -O qcow2 {name} NEW makes a drive of it; if it is raw: --drive-format raw"
-        raise _refusal(path, f"its format is {other}, not raw or qcow2", hint)
-    found = "qcow2" if header.startswith(_QCOW2) else "raw"
+        raise _refusal(path, f"its format is {found}, not raw or qcow2", hint)
     try:
         noted = os.getxattr(path, _NOTE).decode(errors="replace")
     except OSError:
@@ -153,25 +143,22 @@ def _detect(path: Path, header: bytes) -> str:
 
 def _check_header(path: Path, header: bytes) -> int:
     """The size of the disk in a qcow2 image that is all there is to it."""
-    if len(header) < _HEADER.size or not header.startswith(_QCOW2):
+    found = qcow2_header(header)
+    if found is None:
         raise _refusal(path, "it is not a qcow2 image", "leave out --drive-format, or give the right one")
-    words = _HEADER.unpack(header)
-    version, backing_offset, size_bytes, cipher, features = words[1], words[2], words[5], words[6], words[13]
-    if version not in (2, 3):
-        raise _refusal(path, f"its qcow2 version is {version}, which does not exist", "make a new drive")
-    if version == 2:  # noqa: PLR2004 - which has no features
-        features = 0
+    if found.version not in (2, 3):
+        raise _refusal(path, f"its qcow2 version is {found.version}, which does not exist", "make a new drive")
     flat = f"qemu-img convert -O qcow2 '{path}' NEW makes a drive that stands alone, if you trust this one"
     for applies, what in (
-        (backing_offset, "has a backing file"),
-        (features & _DATA_FILE, "has an external data file"),
-        (cipher, "is encrypted"),
+        (found.has_backing_file, "has a backing file"),
+        (found.has_data_file, "has an external data file"),
+        (found.is_encrypted, "is encrypted"),
     ):
         if applies:
             raise _refusal(path, f"it {what}", flat)
-    if features & _CORRUPT:
+    if found.is_corrupt:
         raise _damaged(path, "it is marked as corrupt")
-    return int(size_bytes)
+    return found.size_bytes
 
 
 def _check_use(path: Path, real: Path) -> None:
@@ -196,7 +183,8 @@ def _check_tables(path: Path, real: Path) -> None:
         raise _damaged(path, "the image is corrupt")
     if result.exit_status not in (0, _LEAKS_STATUS):
         said = result.stderr.strip().splitlines() or ["no reason given"]
-        raise _damaged(path, said[0].removeprefix("qemu-img: "))
+        # The path is in our own words already.
+        raise _damaged(path, said[0].removeprefix("qemu-img: ").removeprefix(f"Could not open '{real}': "))
 
 
 def _refusal(path: Path, reason: str, hint: str) -> UsageError:

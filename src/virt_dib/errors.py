@@ -77,3 +77,9 @@ class Interrupted(BaseException):
     """
 
     exit_status = 130
+
+
+def reason_of(error: OSError) -> str:
+    """What the host says, with the file if it says which."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{reason}: '{error.filename}'"

@@ -169,7 +169,7 @@ def check_options(outputs: Sequence[Format], spec: BuildSpec, scratch: Path) -> 
             raise UsageError(
                 f"cannot use '{options}' as --qemu-img-options for {names}: there is no option "
                 f"'{_option_name(option)}'",
-                hint=f"what there is: qemu-img create -f {taking[0].qemu_name} -o help",
+                hint=f"what there is: {'; '.join(_help_command(output) for output in taking)}",
             )
     for output in taking:
         # What is ours alone is known to work.
@@ -205,7 +205,7 @@ def _try_options(output: DiskFormat, spec: BuildSpec, scratch: Path) -> None:
     reason = said[0].removeprefix("qemu-img: ").removeprefix(f"{image}: ")
     options = spec.qemu_img_options
     what = f"'{options}' as --qemu-img-options" if options else f"{spec.compression} compression"
-    help_hint = f"what there is: qemu-img create -f {output.qemu_name} -o help"
+    help_hint = f"what there is: {_help_command(output)}"
     raise UsageError(
         f"cannot use {what} for {output.name}: {reason}",
         hint=help_hint if options else "leave out --compression, or install a qemu of 5.1 or newer with zstd",
@@ -221,6 +221,11 @@ def _options_for(output: DiskFormat, spec: BuildSpec) -> list[str]:
         known = _known_options(output)
         options += [option for option in _split(spec.qemu_img_options) if _option_name(option) in known]
     return ["-o", ",".join(options)] if options else []
+
+
+def _help_command(output: DiskFormat) -> str:
+    """What shows the user the options of the format."""
+    return f"qemu-img create -f {output.qemu_name} -o help"
 
 
 def _known_options(output: DiskFormat) -> set[str]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from virt_dib import staging
-from virt_dib.errors import ApplianceError, ToolError, UsageError
+from virt_dib.errors import ApplianceError, ToolError, UsageError, reason_of
 from virt_dib.interrupts import shielded
 
 LIMIT_BYTES = 64 * 1024**3
@@ -73,7 +73,7 @@ class ImageCache:
             self._copy_all(target)
         except OSError as error:
             raise ToolError(
-                f"copying the image cache '{self._directory}' for the build: {error.strerror}: '{error.filename}'",
+                f"copying the image cache '{self._directory}' for the build: {reason_of(error)}",
                 hint="make room in the directory of TMPDIR, give another --image-cache, or leave it out",
             ) from error
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a build from outside, once, and never in the middle of tidying up: signals, and its caller.
+"""What ends a build from outside, once, and never in the middle of tidying up: signals, its caller, and time.
 
 Python raises an exception for a signal between any two instructions, also in a ``finally``. What must be
 undone whole stands in a :func:`shielded` block; a signal that comes in it is raised at its end. A caller that
-cancels is heard where the build waits, which calls :func:`check_cancelled`.
+cancels is heard where the build waits, which calls :func:`check_cancelled`; so is a limit of time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from virt_dib.errors import Interrupted
+from virt_dib.errors import Interrupted, VirtDibError
 
 CHECK_INTERVAL_S = 0.5
 """How long a build may wait for something without a look whether it is cancelled."""
@@ -39,6 +40,35 @@ class Cancellation:
         return self._wanted.is_set()
 
 
+class Limit:
+    """How long something may take; *error* makes what is raised when it takes longer."""
+
+    def __init__(self, seconds: float | None, error: Callable[[], VirtDibError]) -> None:
+        self._seconds = seconds
+        self._error = error
+        self._until_s: float | None = None
+
+    def start(self) -> None:
+        """Count from now on; without a number of seconds, never."""
+        self._until_s = None if self._seconds is None else time.monotonic() + self._seconds
+
+    def stop(self) -> None:
+        """It has ended in time."""
+        self._until_s = None
+
+    def extend(self, seconds: float) -> None:
+        """Do not count that long."""
+        if self._until_s is not None:
+            self._until_s += seconds
+
+    def check(self) -> None:
+        """Raise the error, once, if it takes too long."""
+        if self._until_s is not None and time.monotonic() > self._until_s:
+            # What is undone now takes its time, too.
+            self._until_s = None
+            raise self._error()
+
+
 class _State(threading.local):
     """Of one thread. Signals reach the main thread alone: Python runs handlers in no other."""
 
@@ -46,6 +76,7 @@ class _State(threading.local):
     came = False
     raised = False
     cancellation: Cancellation | None = None
+    limits: tuple[Limit, ...] = ()
 
 
 _state = _State()
@@ -97,9 +128,40 @@ def cancellable(cancellation: Cancellation | None) -> Iterator[None]:
         _state.cancellation = before
 
 
+@contextlib.contextmanager
+def limited(limit: Limit) -> Iterator[None]:
+    """Let *limit* end what this thread does in the block, at its next :func:`check_cancelled`."""
+    before, _state.limits = _state.limits, (*_state.limits, limit)
+    try:
+        yield
+    finally:
+        _state.limits = before
+        limit.stop()
+
+
+@contextlib.contextmanager
+def unlimited() -> Iterator[None]:
+    """Stop the clocks of all limits in the block: somebody is at the terminal."""
+    before, _state.limits = _state.limits, ()
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        _state.limits = before
+        for limit in before:
+            limit.extend(time.monotonic() - begun)
+
+
 def check_cancelled() -> None:
-    """Raise :class:`Interrupted` when the work of this thread was cancelled: once, and not in a shielded block."""
+    """Raise :class:`Interrupted` when the work of this thread was cancelled: once, and not in a shielded block.
+
+    Raises:
+        VirtDibError: that of a limit which has passed.
+    """
     cancellation = _state.cancellation
+    if _state.depth == 0:
+        for limit in _state.limits:
+            limit.check()
     if cancellation is not None and cancellation.wanted and _state.depth == 0:
         # What is undone now waits for things, too.
         _state.cancellation = None

@@ -26,7 +26,7 @@ from typing import IO, Protocol
 from virt_dib import tools
 from virt_dib.errors import ToolError, UsageError
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled
-from virt_dib.monitor import printable
+from virt_dib.plain_text import printable
 
 DEVICE = Path("/dev/kvm")
 TRIAL_LIMIT_S = 10.0

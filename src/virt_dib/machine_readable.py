@@ -23,7 +23,7 @@ from virt_dib import events, formats
 from virt_dib.errors import ToolError, UsageError
 from virt_dib.events import Event
 from virt_dib.interrupts import shielded
-from virt_dib.monitor import one_line
+from virt_dib.plain_text import one_line
 
 VERSION = 1
 """Of the events' form. A new field or event does not change it; readers pass over what they do not know."""

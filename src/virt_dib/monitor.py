@@ -2,15 +2,13 @@
 """One build followed: its log, its events, and the lines and the status line that a user sees.
 
 What scripts print is hostile. The log gets it byte for byte; a terminal gets only what
-:class:`Sanitiser` lets through.
+:class:`virt_dib.plain_text.Sanitiser` lets through.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import os
-import re
 import secrets
 import threading
 import time
@@ -22,9 +20,10 @@ from typing import TextIO, final
 
 from virt_dib import events
 from virt_dib.errors import Interrupted, ToolError, VirtDibError
+from virt_dib.plain_text import Sanitiser, one_line, printable, write_out
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Phase
-from virt_dib.terminal import AUTOMATIC, Style, coloured, columns_of, is_terminal, terminal_columns
+from virt_dib.terminal import AUTOMATIC, Style, coloured, columns_of, cut, is_terminal, padded, terminal_columns
 from virt_dib.translation import translated
 
 _TAIL_BYTES = 64 * 1024
@@ -35,108 +34,6 @@ _INDENT = len("[   0.0] ")
 _PHASES = frozenset(phase.directory for phase in Phase)
 _MOST_HELD = 10_000
 _GREEN, _YELLOW, _BOLD = "32", "33", "1"
-
-
-# ---- text that does no harm ----
-
-_STRING_LIMIT = 1024
-_CSI = r"(?:(?<=\x1b)\[|(?<=\x9b))[0-?]{0,64}[ -/]{0,8}"
-_STRING = rf"(?:(?<=\x1b)[\]PX^_]|(?<=[\x90\x98\x9d-\x9f]))[^\x07\x0a\x1b\x80-\x9f]{{0,{_STRING_LIMIT}}}"
-_ESCAPE = r"(?<=\x1b)[ -/]{0,8}"
-_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-
-_HARMFUL = re.compile(rf"{_CONTROL}(?:{_CSI}[@-~]|{_STRING}(?:\x07|\x1b\\|\x9c)|{_ESCAPE}[0-~])?")
-"""Whole escape sequences (ECMA-48, 7-bit and 8-bit), other control characters, and what turns the
-direction of text around. The parts of a sequence have limits, lest one that never ends hide the rest.
-It begins with one set of characters, and looks back at what it was, because that makes it fast."""
-_OPEN = re.compile(rf"{_CONTROL}(?:{_CSI}|{_STRING}\x1b?|{_ESCAPE})\Z")
-"""What may become a whole sequence with more text. Never begins within a whole one."""
-_PLAIN = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
-"""The bytes of text without anything harmful, or not ASCII, in it."""
-_LONGEST_OPEN = _STRING_LIMIT + 8
-
-
-class Sanitiser:
-    """Bytes in pieces of any size to text that is safe on a terminal, as it comes.
-
-    Tab and newline are the only control characters in it. A carriage return starts a new line, so
-    that each state of a progress bar is a line. The text does not depend on how the bytes were cut,
-    and no more than some thousand characters are held back.
-    """
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._open = ""
-        self._return = ""
-        self._at_line_start = True
-
-    def feed(self, data: bytes) -> str:
-        """Return the text that *data* adds."""
-        if not (self._open or self._decoder.getstate()[0] or data.translate(None, _PLAIN)):
-            return self._settle(data.decode("ascii"))
-        text = self._open + self._decoder.decode(data)
-        found = _OPEN.search(text, max(0, len(text) - _LONGEST_OPEN))
-        end = found.start() if found else len(text)
-        self._open = text[end:]
-        return self._settle(_HARMFUL.sub("", text[:end]))
-
-    def _settle(self, text: str) -> str:
-        """Break *text* into lines, but for a carriage return at its end that may be half of a line end."""
-        text = self._return + text
-        kept = text.rstrip("\r")
-        self._return = text[len(kept) :][:1]
-        return self._break_lines(kept)
-
-    def finish(self) -> str:
-        """Return what was held back, and be ready for another stream."""
-        text = self._open + self._decoder.decode(b"", final=True)
-        text = self._break_lines(self._return + _HARMFUL.sub("", text))
-        self._decoder.reset()
-        self._open = self._return = ""
-        self._at_line_start = True
-        return text
-
-    def _break_lines(self, text: str) -> str:
-        if "\r" in text:
-            text = re.sub(r"\r+\n", "\n", text)
-            if self._at_line_start:
-                text = text.lstrip("\r")
-            text = re.sub(r"\r+", "\n", re.sub(r"\n\r+", "\n", text))
-        if text:
-            self._at_line_start = text.endswith("\n")
-        return text
-
-
-def printable(text: str) -> str:
-    """*text* made safe for a terminal; lines stay lines."""
-    sanitiser = Sanitiser()
-    return sanitiser.feed(text.encode("utf-8", "replace")) + sanitiser.finish()
-
-
-def write_out(stream: TextIO, text: str) -> bool:
-    """Write *text* to *stream* at once; False when nobody reads it any more.
-
-    Characters that *stream* cannot encode become question marks. After False the stream leads
-    nowhere, so that the interpreter's own flush at exit does not fail either.
-    """
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        stream.write(text.encode(encoding, "replace").decode(encoding))
-        stream.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            try:
-                os.dup2(nowhere, stream.fileno())
-            finally:
-                os.close(nowhere)
-        return False
-    return True
-
-
-def one_line(text: str) -> str:
-    """*text* made safe for a terminal, in one line."""
-    return printable(text).replace("\n", " ").replace("\t", " ")
 
 
 # ---- the two places text goes to ----
@@ -226,12 +123,7 @@ class _Screen:
         if not self._at_line_start:
             return
         width = max(1, terminal_columns(self._stream) - 1)
-        # One column per character, whatever the terminal's idea of wide ones.
-        left = left.encode("ascii", "replace").decode()
-        room = width - len(right) - 2
-        if len(left) > room:
-            left = left[: max(0, room - 3)] + "..."
-        text = f"{left}  {right}"[:width]
+        text = cut(f"{cut(left, width - len(right) - 2)}  {right}", width)
         if text != self._status:
             self._put(self._erasing() + (coloured(text, _BOLD) if self._style.colours(self._stream) else text))
             self._status = text
@@ -282,6 +174,11 @@ class BuildMonitor:
     def line_number(self) -> int:
         """The line of the log where the output of the current script or step starts, from 1."""
         return self._line_number
+
+    @property
+    def now(self) -> str:
+        """The phase or step at work, and its script."""
+        return f"{self._phase}/{self._script}" if self._script else self._phase or "before its first step"
 
     @property
     def elapsed_s(self) -> float:
@@ -640,9 +537,11 @@ class Display:
                     self._screen.show_status(*self._status(self._phase))
 
     def _status(self, phase: events.PhaseStarted) -> tuple[str, str]:
-        position = f"[{phase.number}/{phase.total}] {one_line(phase.title)}"
+        position = f"[{phase.number}/{phase.total}] {one_line(translated(phase.title))}"
         if self._script is not None:
-            position += f"  {self._script.number}/{self._script.total} {one_line(self._script.name)}"
+            # One column per character of a name that is not ours, whatever the terminal's idea of wide ones.
+            name = one_line(self._script.name).encode("ascii", "replace").decode()
+            position += f"  {self._script.number}/{self._script.total} {name}"
         return position, _clock(time.monotonic() - self._begun)
 
 
@@ -692,7 +591,7 @@ def _aligned(rows: Sequence[tuple[str, ...]], *, right: int | None) -> list[str]
     widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            " " * (width - columns_of(cell)) + cell if index == right else cell + " " * (width - columns_of(cell))
+            " " * (width - columns_of(cell)) + cell if index == right else padded(cell, width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

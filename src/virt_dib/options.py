@@ -17,8 +17,8 @@ from virt_dib import break_points, formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
 from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
-from virt_dib.terminal import fold
 from virt_dib.translation import translated
+from virt_dib.usage import HelpFormatter
 
 PROG = "virt-dib"
 ON_ERROR = ("shell", "fail")
@@ -161,6 +161,12 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         ),
         _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
         _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
+        _value(
+            "--timeout", "timeout", "TIME", "end the build when it takes longer than 90s, 30m, 2h (default: never)"
+        ),
+        _value(
+            "--script-timeout", "script_timeout", "TIME", "end it when one script takes longer (default: never)"
+        ),
         *_switch(
             "network", "network",
             "scripts may use the network (default)", "scripts have no network, and DIB_OFFLINE is 1",
@@ -306,6 +312,8 @@ class Given:
     keep_on_failure: bool = False
     memory: str | None = None
     cpus: str | None = None
+    timeout: str | None = None
+    script_timeout: str | None = None
     network: str | None = None
     host_certificates: str | None = None
     drive: str | None = None
@@ -353,7 +361,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=translated(_DESCRIPTION),
         epilog=translated(_EPILOG),
         add_help=False,
-        formatter_class=_Help,
+        formatter_class=HelpFormatter,
     )
     for title, options in GROUPS.items():
         group = parser.add_argument_group(translated(title))
@@ -366,28 +374,6 @@ def build_parser() -> argparse.ArgumentParser:
             else:
                 group.add_argument(*option.names, action="store_true", help=translated(option.help))
     return parser
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Leaves the width of wide characters, and the words around, to the rest of virt-dib."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return fold(text, width).split("\n")
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == "?":
-            # The next word is not its value.
-            return f"{', '.join(action.option_strings)}[={action.metavar}]"
-        return super()._format_action_invocation(action)
-
-    def add_usage(
-        self,
-        usage: str | None,
-        actions: Iterable[argparse.Action],
-        groups: Iterable[argparse._MutuallyExclusiveGroup],
-        prefix: str | None = None,
-    ) -> None:
-        super().add_usage(usage, actions, groups, translated("usage: ") if prefix is None else prefix)
 
 
 def listed_names(*, short: bool, long: bool) -> list[str]:

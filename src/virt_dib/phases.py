@@ -13,6 +13,7 @@ from virt_dib import online
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
+from virt_dib.interrupts import Limit, limited
 from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
 from virt_dib.prerequisites import tools_not_found
@@ -34,9 +35,16 @@ _MOST_RESULTS = 10_000
 class Phases:
     """Runs the phases and steps of one build, one after the other."""
 
-    def __init__(self, owners: Mapping[str, str], monitor: BuildMonitor, breaks: Breaks = NO_BREAKS) -> None:
+    def __init__(
+        self,
+        owners: Mapping[str, str],
+        monitor: BuildMonitor,
+        breaks: Breaks = NO_BREAKS,
+        script_timeout_s: float | None = None,
+    ) -> None:
         self._owners = owners
         """Of scripts, ``PHASE/NAME``, the elements they are from."""
+        self._script_timeout_s = script_timeout_s
         self.monitor = monitor
         self.shells = Shells(breaks, monitor)
         self.results: list[PhaseResult] = []
@@ -72,7 +80,7 @@ class Phases:
         also: Callable[[bytes], None] | None,
     ) -> None:
         hooks = variables["TMP_HOOKS_PATH"]
-        scripts = _PhaseScripts(phase, facts, self._owners, self.monitor)
+        scripts = _PhaseScripts(phase, facts, self._owners, self.monitor, self._script_timeout_s)
         if phase.where is Where.CHROOT:
             command = [f"{GUEST_SCRIPTS}/in-chroot.sh", contract.TREE, hooks, phase.directory]
             cwd = "/"
@@ -86,14 +94,15 @@ class Phases:
                 also(data)
 
         begun = time.monotonic()
-        result = place.run(
-            command,
-            variables,
-            cwd,
-            functions=contract.functions(facts, phase),
-            on_output=output,
-            on_event=scripts.event,
-        )
+        with limited(scripts.limit):
+            result = place.run(
+                command,
+                variables,
+                cwd,
+                functions=contract.functions(facts, phase),
+                on_output=output,
+                on_event=scripts.event,
+            )
         scripts.end(result.exit_status)
         self._finished(phase.directory, begun, scripts.results)
 
@@ -122,9 +131,9 @@ class Phases:
 def named_files(place: Place, spec: BuildSpec, verb: str) -> None:
     """Before or after the phases in *place*: "make" where files named after the image go, or "take" them from there.
 
-    Only where that is not in the working directory (``DropIn.leads_away``).
+    They are taken where that is not below the working directory (``DropIn.leads_away``).
     """
-    if spec.drop_in is not None and spec.drop_in.leads_away:
+    if spec.drop_in is not None and (verb == "make" or spec.drop_in.leads_away):
         words = (verb, spec.drop_in.image_name, contract.OUT, contract.NAMED)
         guest_script(place, "named-files.sh", *words).check("looking after files named after the image")
 
@@ -137,7 +146,11 @@ def guest_script(place: Place, script: str, *arguments: str) -> JobResult:
 class _PhaseScripts:
     """Follows the events of one phase, and turns its end into results or an error."""
 
-    def __init__(self, phase: Phase, facts: Facts, owners: Mapping[str, str], monitor: BuildMonitor) -> None:
+    def __init__(
+        self, phase: Phase, facts: Facts, owners: Mapping[str, str], monitor: BuildMonitor, timeout_s: float | None
+    ) -> None:
+        self.limit = Limit(timeout_s, lambda: self._too_long(timeout_s))
+        """Of the script that runs."""
         self._phase = phase
         self._facts = facts
         self._owners = owners
@@ -156,10 +169,12 @@ class _PhaseScripts:
             self._monitor.environment_sourced(words[0])
         elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
             self._running = (words[0], _seconds(words[1]))
+            self.limit.start()
             self._monitor.script_started(words[0], self._element(words[0]))
         elif event.name == "end" and len(words) == 3 and self._running:  # noqa: PLR2004 - NAME STATUS SECONDS
             name, begun = self._running
             self._running = None
+            self.limit.stop()
             status = int(words[1]) if STATUS.fullmatch(words[1]) else 1
             result = ScriptResult(
                 phase=self._phase,
@@ -171,6 +186,15 @@ class _PhaseScripts:
             if len(self.results) < _MOST_RESULTS or status != 0:
                 self.results = [*self.results[:_MOST_RESULTS], result]
             self._monitor.script_finished(result)
+
+    def _too_long(self, timeout_s: float | None) -> ScriptError:
+        name = self._running[0] if self._running else "a script"
+        element = self._element(name)
+        return ScriptError(
+            f"{self._phase.directory}/{name}{_of(element)} has taken longer than {timeout_s:g} s, and was ended",
+            hint=f"give scripts more time with --script-timeout; {_where(self._monitor)}",
+            details=self._monitor.tail(LAST_LINES),
+        )
 
     def _element(self, script: str) -> str | None:
         return self._owners.get(f"{self._phase.directory}/{script}")
@@ -192,17 +216,21 @@ class _PhaseScripts:
                 hint=f"a file in environment.d may be at fault; {_where(self._monitor)}",
                 details=self._monitor.tail(LAST_LINES),
             )
-        element = f" of element '{failed.element}'" if failed.element else ""
+        name = f"{self._phase.directory}/{failed.name}{_of(failed.element)}"
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
         error = ScriptError(
-            f"{self._phase.directory}/{failed.name}{element} failed with {how} after {failed.seconds:.1f} s",
+            f"{name} failed with {how} after {failed.seconds:.1f} s",
             hint=_advice(self._monitor, self._facts, self._phase.where),
             details=self._monitor.tail(LAST_LINES),
         )
         error.script_status = failed.exit_status
         raise error
+
+
+def _of(element: str | None) -> str:
+    return f" of element '{element}'" if element else ""
 
 
 def _seconds(text: str) -> float:

@@ -27,8 +27,11 @@ BUILD_SPACE_BYTES = 8 * _GIB
 CACHE_SPACE_BYTES = 1 * _GIB
 """What the appliance takes in the cache (half of it on Debian 12), with room for its successor."""
 
-OK, MISSING, SLOW, LOW = "ok", "missing", "slow", "low"
-"""The words for the outcome of a check."""
+# The words for the outcome of a check.
+OK = "ok"
+LACKING = "missing"
+SLOW = "slow"
+LOW = "low"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +46,7 @@ class Check:
     """What to do when it is not ok."""
     required: bool = True
     """No build can work without it."""
-    failing: str = MISSING
+    failing: str = LACKING
     """The word for it when it is not ok."""
 
     @property
@@ -135,8 +138,9 @@ class Distribution:
             return f"install it: apt-get install {debian}"
         if self.ids & {"fedora", "rhel", "centos"}:
             return f"install it: dnf install {fedora}"
-        names = debian if debian == fedora else f"{debian} on Debian, {fedora} on Fedora"
-        return f"install the package with it ({names})"
+        if debian == fedora:
+            return f"install the package with it ({debian})"
+        return f"install the package with it ({debian} on Debian, {fedora} on Fedora)"
 
     @property
     def kernel_package(self) -> str:
@@ -256,11 +260,13 @@ def _tool(tool: _Tool, distribution: Distribution, *, required: bool, user: str 
     found = tools.find(tool.program)
     if found is not None:
         return Check(name=tool.program, ok=True, detail=str(found), required=required)
-    use = "needed to" if required else f"which some {user} use to"
+    detail = f"'{tool.program}' not found, needed to {tool.purpose}"
+    if not required:
+        detail = f"'{tool.program}' not found, which some {user} use to {tool.purpose}"
     return Check(
         name=tool.program,
         ok=False,
-        detail=f"'{tool.program}' not found, {use} {tool.purpose}",
+        detail=detail,
         hint=distribution.install(tool.debian, tool.fedora),
         required=required,
     )
@@ -275,8 +281,8 @@ def _binding(distribution: Distribution) -> Check:
     if _system_python_has_binding():
         hint = f"'{_SYSTEM_PYTHON}' has it"
     if Path(sys.executable).resolve() != _SYSTEM_PYTHON.resolve() or sys.prefix != sys.base_prefix:
-        hint += (
-            f"; install virt-dib for that Python: {_SYSTEM_PYTHON} -m venv --system-site-packages DIR, "
+        hint = (
+            f"{hint}; install virt-dib for that Python: {_SYSTEM_PYTHON} -m venv --system-site-packages DIR, "
             "then DIR/bin/pip install virt-dib"
         )
     return Check(name=name, ok=False, detail=problem.message, hint=hint)
@@ -304,8 +310,9 @@ def _supermin_dir(host: Host) -> Check:
     return Check(
         name=name,
         ok=False,
-        detail=f"no supermin.d in {'LIBGUESTFS_PATH' if path else 'the directories of libguestfs'}, "
-        "needed to make the appliance",
+        detail="no supermin.d in LIBGUESTFS_PATH, needed to make the appliance"
+        if path
+        else "no supermin.d in the directories of libguestfs, needed to make the appliance",
         hint="unset LIBGUESTFS_PATH" if path else host.distribution.install("libguestfs0", "libguestfs-appliance"),
     )
 
@@ -316,21 +323,32 @@ def _kernel(host: Host) -> Check:
     kernels = kvm.host_kernels(host.root, host.environ)
     usable = [kernel for kernel in kernels if kernel.has_modules]
     if not usable:
-        found = f", only {', '.join(str(kernel.path) for kernel in kernels)} without modules" if kernels else ""
+        detail = "no kernel with its modules in /boot and /lib/modules, needed to start the appliance"
+        if kernels:
+            found = ", ".join(str(kernel.path) for kernel in kernels)
+            detail = (
+                f"no kernel with its modules in /boot and /lib/modules, only {found} without modules, "
+                "needed to start the appliance"
+            )
         return Check(
             name=name,
             ok=False,
-            detail=f"no kernel with its modules in /boot and /lib/modules{found}, needed to start the appliance",
+            detail=detail,
             hint=host.distribution.kernel_package,
         )
     chosen = usable[0]
-    others = "".join(f", also {kernel.path}" for kernel in usable[1:])
+    others = ", ".join(str(kernel.path) for kernel in usable[1:])
     if chosen.is_readable:
-        return Check(name=name, ok=True, detail=f"{chosen.path}{others}")
+        return Check(
+            name=name, ok=True, detail=f"{chosen.path} (there is also {others})" if others else str(chosen.path)
+        )
+    detail = f"the kernel '{chosen.path}' cannot be read by this user, needed to start the appliance"
+    if others:
+        detail = f"{detail}; there is also {others}"
     return Check(
         name=name,
         ok=False,
-        detail=f"the kernel '{chosen.path}' cannot be read by this user, needed to start the appliance{others}",
+        detail=detail,
         hint=hint_to_read(chosen, usable, host.distribution),
     )
 
@@ -344,7 +362,7 @@ def hint_to_read(chosen: kvm.Kernel, usable: Sequence[kvm.Kernel], distribution:
         hint = f"make it readable, as root: dpkg-statoverride --update --add root root 0644 {path} (or chmod 0644)"
     other = next((kernel for kernel in usable if kernel.is_readable), None)
     if other is not None:
-        hint += f"; or use another one: export SUPERMIN_KERNEL={shlex.quote(str(other.path))}"
+        hint = f"{hint}; or use another one: export SUPERMIN_KERNEL={shlex.quote(str(other.path))}"
     return hint
 
 

@@ -12,6 +12,7 @@ from virt_dib.appliance import LONGEST_SOCKET_PATH_BYTES
 from virt_dib.break_points import AFTER_ERROR, Breaks, after, before, problems
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError
+from virt_dib.interrupts import unlimited
 from virt_dib.jobs import Runner
 from virt_dib.monitor import BuildMonitor
 from virt_dib.spec import Phase, Where
@@ -90,13 +91,14 @@ class Shells:
         self._monitor.shell_opened(point, phase.directory, inside=inside)
         begun, status = time.monotonic(), None
         try:
-            status = place.shell(
-                words,
-                variables | _for_people(phase),
-                cwd,
-                functions=contract.functions(facts, phase),
-                terminal=Terminal(),
-            )
+            with unlimited():
+                status = place.shell(
+                    words,
+                    variables | _for_people(phase),
+                    cwd,
+                    functions=contract.functions(facts, phase),
+                    terminal=Terminal(),
+                )
         finally:
             self._monitor.shell_closed(point, status, time.monotonic() - begun)
 

@@ -204,6 +204,9 @@ _DOCKER_TARGET = re.compile(
 """A reference without digest (github.com/distribution/reference)."""
 _LONGEST_DOCKER_TARGET = 255
 _SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[bkKMGTPE]?)(?:i?B)?")
+_DURATION = re.compile(r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)(?P<unit>[smhd]?)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST_S = 365 * 86400.0
 _UNITS = {"b": 1, "k": 1024, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5, "E": 1024**6}
 LARGEST_DISK_BYTES = 2**60
 _LABEL = re.compile(r"""[!-~]+""")
@@ -335,6 +338,21 @@ def parse_size(text: str) -> int | None:
         )
     chunk = 64 * 1024
     return -(-size_bytes // chunk) * chunk
+
+
+def parse_duration(text: str, what: str) -> float:
+    """Seconds for a duration: ``90``, ``90s``, ``30m``, ``1.5h``. *what* is called so in the error.
+
+    Raises:
+        UsageError: not a duration, zero, or longer than a year.
+    """
+    match = _DURATION.fullmatch(text)
+    seconds = float(match["number"]) * _SECONDS[match["unit"]] if match else 0.0
+    if not 0 < seconds <= _LONGEST_S:
+        raise UsageError(
+            f"cannot use '{text}' as {what}", hint="give a number and a unit, such as 90s, 30m or 2h; at most a year"
+        )
+    return seconds
 
 
 def check_label(label: str, fs_type: str) -> None:

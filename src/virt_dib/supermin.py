@@ -155,7 +155,10 @@ def build(directory: Path, temporary_dir: Path, on_debug: Callable[[str], None] 
     """
     doing = "making the appliance"
     lock = directory / "lock"
-    options = ["--copy-kernel", *(["--verbose"] if on_debug else []), "--if-newer", "--lock", str(lock)]
+    kernels, known = _kernels(), directory / "kernels"
+    # supermin itself sees when a package changes, but not a kernel without one, nor another choice of the user's.
+    keep = ["--if-newer"] if os.access(known, os.R_OK) and known.read_text() == kernels else []
+    options = ["--copy-kernel", *(["--verbose"] if on_debug else []), *keep, "--lock", str(lock)]
     try:
         program = tools.require("supermin", purpose="make the appliance", package="supermin")
         _remove_unfinished(directory, lock)
@@ -169,6 +172,9 @@ def build(directory: Path, temporary_dir: Path, on_debug: Callable[[str], None] 
     if on_debug is not None:
         for line in [*result.stdout.splitlines(), *result.stderr.splitlines()]:
             on_debug(line)
+    _date_kernel(directory / _BUILT)
+    with contextlib.suppress(OSError):
+        known.write_text(kernels)
     return directory / _FIXED
 
 
@@ -177,6 +183,28 @@ def hint_for(text: str) -> str:
     if "supermin" in text and "kernel" in text.lower():
         return "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
     return "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"
+
+
+def _kernels() -> str:
+    """All kernels that supermin may choose from, and what the user has chosen, as a text to compare."""
+    lines = [f"{name}={os.environ.get(name, '')}" for name in ("SUPERMIN_KERNEL", "SUPERMIN_MODULES")]
+    for pattern in ("/lib/modules/*/vmlinuz", "/boot/vmlinu[xz]-*"):
+        for path in sorted(glob.glob(pattern)):
+            with contextlib.suppress(OSError):
+                state = os.stat(path)
+                lines.append(f"{path}:{state.st_size}:{state.st_mtime_ns}")
+    return "\n".join(lines)
+
+
+def _date_kernel(built: Path) -> None:
+    """Give the copy of the kernel, which has the date of the original, that of the appliance.
+
+    The oldest of the files counts for supermin. It would make the appliance anew each time, as it does when the
+    host's packages have changed, since that kernel was made.
+    """
+    with contextlib.suppress(OSError):
+        made_ns = (built / "root").stat().st_mtime_ns
+        os.utime(built / "kernel", ns=(made_ns, made_ns))
 
 
 def _remove_unfinished(directory: Path, lock: Path) -> None:

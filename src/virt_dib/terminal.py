@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 _DEFAULT_COLUMNS = 80
+_ELLIPSIS = "..."
 # As Japanese is set (JIS X 4051).
 _NEVER_FIRST = frozenset("、。，．・：；？！）」』】〉》ー々…％ァィゥェォッャュョヮぁぃぅぇぉっゃゅょゎ")  # noqa: RUF001 - Japanese
 _NEVER_LAST = frozenset("（「『【〈《")  # noqa: RUF001 - Japanese
@@ -63,6 +64,20 @@ def terminal_columns(stream: TextIO) -> int:
 def columns_of(text: str) -> int:
     """How many columns of a terminal *text* takes: two for a wide character, none for one that combines."""
     return sum(2 if _is_wide(char) else not unicodedata.combining(char) for char in text)
+
+
+def padded(text: str, columns: int) -> str:
+    """*text* with blanks after it, so that it takes *columns*."""
+    return text + " " * (columns - columns_of(text))
+
+
+def cut(text: str, columns: int) -> str:
+    """*text*, with an ellipsis in place of its end where it takes more than *columns*."""
+    if columns_of(text) <= columns:
+        return text
+    while text and columns_of(text) + len(_ELLIPSIS) > columns:
+        text = text[:-1]
+    return (text + _ELLIPSIS)[: max(0, columns)]
 
 
 def fold(text: str, columns: int, *, indent: int = 0) -> str:

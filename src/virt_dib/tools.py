@@ -10,15 +10,17 @@ import signal
 import subprocess  # noqa: TID251 - the one importer
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib.errors import PrerequisiteError, ToolError
+from virt_dib.errors import PrerequisiteError, ToolError, UsageError
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 
 TOGETHER = subprocess.STDOUT
 """For ``started``: standard error goes where standard output goes."""
+
+Process = subprocess.Popen[bytes]
 
 _SYSTEM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _STOP_TIMEOUT_S = 3.0
@@ -43,6 +45,21 @@ class Command:
     stdin: Path | None = None
     stdout: Path | None = None
     """A file to make; otherwise the output is in the result."""
+
+
+def require_working_directory() -> None:
+    """Refuse to work in a directory that was removed: relative paths lead nowhere, and programs complain.
+
+    Raises:
+        UsageError: it was.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"cannot work in the current directory, which has been removed: {error.strerror}",
+            hint="change to a directory that exists, and run it again there",
+        ) from error
 
 
 def find(name: str) -> Path | None:
@@ -75,7 +92,7 @@ def started(
     stdout: int = subprocess.PIPE,
     stderr: int = subprocess.PIPE,
     cwd: Path | None = None,
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Process]:
     """Start *command* in a process group of its own; nothing of that group outlives the block.
 
     A group of its own: Ctrl-C on the terminal reaches virt-dib alone, which then stops the group.
@@ -102,6 +119,27 @@ def started(
     finally:
         with shielded():
             _stop(process)
+
+
+@contextlib.contextmanager
+def attended(command: Sequence[str | Path], *, environment: Mapping[str, str] | None = None) -> Iterator[Process]:
+    """Start *command* with the terminal and the streams of virt-dib, for programs that users may talk to.
+
+    Ctrl-C on the terminal reaches it, too. It does not outlive the block; what it starts itself is its own to stop.
+
+    Raises:
+        ToolError: the program cannot be started.
+    """
+    arguments = [os.fspath(part) for part in command]
+    try:
+        process = subprocess.Popen(arguments, env=None if environment is None else dict(environment))
+    except OSError as error:
+        raise ToolError(f"cannot start '{arguments[0]}': {error.strerror}") from error
+    try:
+        yield process
+    finally:
+        with shielded():
+            _stop(process, send=subprocess.Popen.send_signal)
 
 
 def run(
@@ -153,7 +191,7 @@ def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
 
 
 @contextlib.contextmanager
-def _with_files(command: Command) -> Iterator[subprocess.Popen[bytes]]:
+def _with_files(command: Command) -> Iterator[Process]:
     with contextlib.ExitStack() as stack:
         stdin, stdout = subprocess.DEVNULL, subprocess.PIPE
         if command.stdin is not None:
@@ -175,7 +213,7 @@ def _input(data: bytes | None) -> Iterator[int]:
         yield stream.fileno()
 
 
-def _communicate(process: subprocess.Popen[bytes], timeout_s: float | None = None) -> tuple[bytes, bytes]:
+def _communicate(process: Process, timeout_s: float | None = None) -> tuple[bytes, bytes]:
     """As Popen.communicate, but with a look now and then whether the build is cancelled."""
     until_s = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
@@ -218,19 +256,19 @@ def _last_words(result: Result) -> str:
     return ": " + "".join(c if c.isprintable() else "?" for c in said) if said else ""
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _signal_group(process: Process, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _stop(process: Process, send: Callable[[Process, int], None] = _signal_group) -> None:
     if process.poll() is None:
-        _signal_group(process, signal.SIGTERM)
+        send(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_TIMEOUT_S)
-    _signal_group(process, signal.SIGKILL)
+    send(process, signal.SIGKILL)
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from virt_dib import environment as contract
 from virt_dib import image_cache, staging
-from virt_dib.errors import ApplianceError, ScriptError
+from virt_dib.errors import ApplianceError, ScriptError, reason_of
 from virt_dib.image_cache import ImageCache
 from virt_dib.jobs import Place, Runner
-from virt_dib.monitor import one_line
 from virt_dib.phases import GUEST_SCRIPTS, LAST_LINES, Phases, guest_script, named_files
+from virt_dib.plain_text import one_line
 from virt_dib.plan import BuildPlan
 from virt_dib.spec import TREE_PHASES, Phase, Where
 
@@ -90,7 +90,7 @@ def _keep_cache(cache: ImageCache, phases: Phases, place: Place, since: Sequence
             monitor.warning(f"what the elements cached is not kept: {error}")
             return
         except OSError as error:
-            monitor.warning(f"what the elements cached is not kept: '{error.filename}': {error.strerror}")
+            monitor.warning(f"what the elements cached is not kept: {reason_of(error)}")
             return
     if received.entries:
         names = [one_line(name) for name in received.entries[:_MOST_NAMES]]

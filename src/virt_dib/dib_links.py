@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``virt-dib-links``: diskimage-builder's own names for the drop-in commands, in a directory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from virt_dib.cli import report_errors
+from virt_dib.errors import Problem, ToolError, UsageError
+from virt_dib.plain_text import printable, write_out
+
+_PROG = "virt-dib-links"
+NAMES = ("disk-image-create", "ramdisk-image-create", "diskimage-builder")
+"""diskimage-builder's commands; ours are called the same with ``virt-`` before."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments *argv* (those of the process) and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        description="Put links with the names of diskimage-builder's commands into DIRECTORY, which lead to those of "
+        "virt-dib. Programs that have DIRECTORY first on their PATH build with virt-dib from then on.",
+        epilog="Exit status: 0 when all links are there, 1 when not, 2 wrong usage.",
+    )
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="made if it is not there")
+    parser.add_argument("--remove", action="store_true", help="remove the links instead")
+    given = parser.parse_args(argv)
+    change = _remove if given.remove else _make
+    return report_errors(_PROG, lambda: change(given.directory))
+
+
+def _targets() -> dict[str, Path]:
+    """diskimage-builder's names, and our commands, which lie beside this one."""
+    directory = Path(sys.argv[0]).absolute().parent
+    commands = {name: directory / f"virt-{name}" for name in NAMES}
+    missing = [str(command) for command in commands.values() if not command.exists()]
+    if missing:
+        raise ToolError(
+            f"looking for virt-dib's commands: there is no {', '.join(missing)}",
+            hint=f"run {_PROG} as it was installed, by its name on the PATH or by its whole path",
+        )
+    return commands
+
+
+def _make(directory: Path) -> int:
+    commands = _targets()
+    in_the_way = [name for name in NAMES if _is_strange(directory / name, commands[name])]
+    if in_the_way:
+        raise UsageError.of(
+            Problem(
+                f"cannot make the link '{directory / name}': there is something else of that name",
+                "give another directory, such as one of its own for these links",
+            )
+            for name in in_the_way
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, command in commands.items():
+            if not (directory / name).is_symlink():
+                (directory / name).symlink_to(command)
+    except OSError as error:
+        raise ToolError(
+            f"making links in '{directory}': {error.strerror}", hint="give a directory that you can write"
+        ) from error
+    for name, command in commands.items():
+        write_out(sys.stdout, f"{printable(str(directory / name))} -> {printable(str(command))}\n")
+    path = shlex.quote(str(directory.absolute()))
+    write_out(sys.stdout, f"to use them: export PATH={path}:$PATH\n")
+    return 0
+
+
+def _remove(directory: Path) -> int:
+    commands = _targets()
+    for name, command in commands.items():
+        if (directory / name).is_symlink() and not _is_strange(directory / name, command):
+            try:
+                (directory / name).unlink()
+            except OSError as error:
+                raise ToolError(f"removing '{directory / name}': {error.strerror}") from error
+    return 0
+
+
+def _is_strange(link: Path, command: Path) -> bool:
+    """Whether there is something at *link* that is no link to *command*."""
+    with contextlib.suppress(OSError):
+        return os.readlink(link) != str(command)
+    return os.path.lexists(link)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The help of the commands, by argparse, in the language of who reads it and as wide as its characters are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+from virt_dib.terminal import fold
+from virt_dib.translation import translated
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the width of wide characters, and the words around, to the rest of virt-dib."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return fold(text, width).split("\n")
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == "?" and action.option_strings:
+            # The next word is not its value.
+            return f"{', '.join(action.option_strings)}[={action.metavar}]"
+        return super()._format_action_invocation(action)
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[argparse._MutuallyExclusiveGroup],
+        prefix: str | None = None,
+    ) -> None:
+        """Begin the help; *prefix* is the word before the usage, translated unless it is given."""
+        super().add_usage(usage, actions, groups, translated("usage: ") if prefix is None else prefix)
+
+
+class _Folding(HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in fold(text, width - len(indent)).split("\n"))
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a small command: translated, and folded to the width of the terminal, with ``--help``.
+
+    Arguments are added to its groups, since those of argparse have English titles; their help is to be translated.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=translated(description),
+            epilog=translated(epilog),
+            add_help=False,
+            formatter_class=_Folding,
+        )
+        self.arguments = self.add_argument_group(translated("arguments"))
+        self.options = self.add_argument_group(translated("options"))
+        self.options.add_argument("-h", "--help", action="help", help=translated("print this"))
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, in the words of all errors, and exit."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {translated('error')}: {translated(message)}\n")
