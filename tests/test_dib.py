@@ -62,7 +62,13 @@ def test_the_installed_one(installation: DibInstallation) -> None:
     assert (installation.elements_dir / "debian-minimal").is_dir()
     assert (installation.package_dir / "block_device" / "cmd.py").is_file()
     assert installation.version == importlib.metadata.version("diskimage-builder")
-    assert "diskimage_builder" not in sys.modules
+
+
+def test_it_is_not_imported() -> None:
+    code = "import sys\nfrom virt_dib.dib import find_installation\nfind_installation(None)\nprint(*sys.modules)"
+    modules = tools.run([sys.executable, "-c", code], doing="finding diskimage-builder").stdout.split()
+    assert "virt_dib.dib" in modules
+    assert "diskimage_builder" not in modules
 
 
 def test_the_same_by_its_library(installation: DibInstallation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ _CERTIFICATES_INSIDE = "/tmp/in_target.d/virt-dib-certificates"  # noqa: S108 - 
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PYTHON = "/usr/bin/python3"
+CONTAINERFILE = "containerfile"
+"""DIB's element that makes the tree of a container's image, with podman; others depend on it."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _OF_THE_DISK = (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP)
 
@@ -149,6 +151,11 @@ def _tmp_image(facts: Facts, phase: Phase) -> str | None:
         # Where the ramdisk is written first: in a directory that extra-data.d has made.
         return "/tmp/ramdisk-build/image.raw"  # noqa: S108 - in the image
     return _runners_image(facts, phase) or None
+
+
+def _buildah_isolation(facts: Facts, phase: Phase) -> str | None:
+    wanted = any(element.name == CONTAINERFILE for element in facts.elements)
+    return "chroot" if wanted and phase.where is Where.OUTSIDE else None
 
 
 def _target_root(_facts: Facts, phase: Phase) -> str | None:
@@ -280,6 +287,8 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("IMAGE_BLOCK_DEVICES", _once_known(lambda facts: facts.image_block_devices)),
     # The manual wants dib-manifests in NAME.d, which is the working directory of the phases outside.
     _Variable("DIB_MANIFEST_SAVE_DIR", lambda facts, _: OUT if facts.spec.drop_in is None else None, user_wins=True),
+    # Not in the contract: podman is to build with chroot(2) alone, since it is in a guest already.
+    _Variable("BUILDAH_ISOLATION", _buildah_isolation, user_wins=True),
     _Variable("RAMDISK_ELEMENT", lambda facts, _: facts.spec.added_element),
     _Variable("SKIP_BASE", lambda facts, _: "1" if facts.spec.skip_base else None),
     _Variable("DOCKER_TARGET", lambda facts, _: facts.spec.docker_target),

@@ -51,6 +51,8 @@ _LARGEST_SCRIPT_BYTES = 1 << 20
 _PYTHON_SCRIPT = re.compile(rb"#![ \t]*/[^\n]*\bpython(?P<two>2[0-9.]*)?(?:[ \t\n]|3)")
 DEFAULT_MEMORY_MIB = 2048
 _MOST_CPUS = 8
+_DOCKER_SCRIPT = Path("root.d", "08-docker")
+"""Of DIB's element docker."""
 _NO_IMAGE_ELEMENTS = ("no-final-image", "ironic-agent")
 """Elements that make something else of the tree: the first by DIB's rule, the second by virt-dib's, which is older."""
 
@@ -181,6 +183,7 @@ def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
     rules = installation.rules if installation else releases.NEWEST
     chosen = found.tell(lambda: _choose(spec, search_path, rules)) if installation else None
+    found.tell(lambda: _check_containers(spec, chosen or ()))
     no_image = _no_image(spec, chosen or ())
     if outputs is not None and no_image is not None:
         # DIB writes archives of the tree all the same.
@@ -350,6 +353,27 @@ def _choose(spec: BuildSpec, search_path: Sequence[Path], rules: Rules) -> tuple
         spec.elements, arch=spec.arch, skip_base=spec.skip_base, ramdisk_element=spec.added_element, rules=rules
     )
     return elements.resolve(wanted, available, excluded=spec.excluded_elements, rules=rules)
+
+
+def _check_containers(spec: BuildSpec, chosen: Sequence[Element]) -> None:
+    """Refuse elements that want a docker of this host, or a podman that is not there.
+
+    Raises:
+        ElementError, PrerequisiteError: it is so.
+    """
+    names = {element.name for element in chosen}
+    runtime = spec.variables.get("DIB_CONTAINERFILE_RUNTIME") or "podman"
+    # Others may have an element of that name for something else.
+    with_docker = [element.name for element in chosen if (element.path / _DOCKER_SCRIPT).exists()]
+    if contract.CONTAINERFILE in names and runtime == "docker":
+        with_docker.append(contract.CONTAINERFILE)
+    if with_docker:
+        raise ElementError(
+            f"element '{with_docker[0]}' starts containers with docker, whose daemon on this host no build can reach",
+            hint=f"use the element '{contract.CONTAINERFILE}' with podman, which runs in the build itself",
+        )
+    if contract.CONTAINERFILE in names:
+        tools.require(runtime, purpose=f"build what element '{contract.CONTAINERFILE}' asks for", package=runtime)
 
 
 def _no_image(spec: BuildSpec, chosen: Sequence[Element]) -> str | None:

@@ -30,6 +30,7 @@ done
 (cd "$host" && cp -r --parents --no-dereference --preserve=mode,timestamps "${wanted[@]}" /etc 2>/dev/null) || true
 
 guest/trust-host.sh host-certificates.crt
+guest/containers.sh
 
 if [[ -e /usr/share/base-passwd/passwd.master ]]; then
     cp /usr/share/base-passwd/passwd.master /etc/passwd

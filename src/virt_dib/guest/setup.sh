@@ -55,6 +55,7 @@ install -D -m 755 guest/sudo.sh /usr/local/bin/sudo
 cp -P programs/. /usr/local/bin/ -r
 
 guest/trust-host.sh host-certificates.crt
+guest/containers.sh
 
 # DIB's Python modules, for every python3 of the appliance.
 for packages in /usr/lib/python3/dist-packages /usr/lib/python3*/site-packages; do
