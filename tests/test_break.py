@@ -81,9 +81,10 @@ def test_what_is_no_point_is_one_problem(arguments: list[str], message: str, hin
 
 
 def test_all_wrong_points_are_told() -> None:
-    command = asked("--break", "a,b", "--break", "before-install,a")
+    command = asked("--break", "a,b", "--break", "before-install,a", "--on-error", "c")
     assert [problem.message for problem in command.problems] == [
-        f"unknown break point '{name}' in --break" for name in "ab"
+        "unknown value of --on-error 'c'",
+        *(f"unknown break point '{name}' in --break" for name in "ab"),
     ]
     assert command.options.breaks == NO_BREAKS
 

@@ -105,6 +105,7 @@ def read(
     settings = configuration.settings(environ, given.config)
     origins = configuration.apply(given, settings)
     values = _Values([*mistakes, *settings.problems], origins)
+    on_error = values.take(lambda: _choice("value of --on-error", given.on_error, ON_ERROR, "fail"), "fail")
     options = Options(
         quiet=given.quiet,
         verbose=given.verbose,
@@ -118,7 +119,7 @@ def read(
         style=Style(colour=given.colour, wrap=given.wrap),
         list_elements=given.list_elements,
         show_config=given.show_config,
-        breaks=values.take(lambda: _breaks(given), NO_BREAKS),
+        breaks=values.take(lambda: _breaks(given.breaks, on_error), NO_BREAKS),
         machine_readable=values.take(lambda: _target(given.machine_readable), None),
         answer=_answer(given),
     )
@@ -248,14 +249,14 @@ def _answer(given: Given) -> str | None:
     return f"{PROG} {__version__}\n" if given.version else None
 
 
-def _breaks(given: Given) -> Breaks:
-    points = break_points.words_in(given.breaks)
-    if given.breaks and not points:
+def _breaks(texts: Sequence[str], on_error: str) -> Breaks:
+    points = break_points.words_in(texts)
+    if texts and not points:
         raise UsageError("no break point named in --break", hint=break_points.CHOICE_HINT)
     asked_by = "--break" if points else "--on-error shell"
     if wrong := break_points.problems(points, asked_by):
         raise UsageError.of(wrong)
-    if _choice("value of --on-error", given.on_error, ON_ERROR, "fail") == "shell":
+    if on_error == "shell":
         points.append(break_points.AFTER_ERROR)
     return Breaks(points=frozenset(points), asked_by=asked_by) if points else NO_BREAKS
 
