@@ -24,6 +24,7 @@ from virt_dib.options import BY_NAME, GROUPS, LISTS, OFFERS, Offer
 
 SHELLS = ("bash", "zsh", "fish")
 _ZSH_LIMIT_S = 120
+_LIST = "\x0c"
 _ASK_BASH = """\
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
@@ -88,8 +89,11 @@ class Zsh:
                 _read_until(ours, r"ready\r")
                 answers = []
                 for line in lines:
-                    os.write(ours, line.encode() + b"\x19")
-                    answers.append(_read_until(ours, r"=virt-dib[^=\r\n]*(=[^=\r\n]*)?=\r"))
+                    os.write(ours, line.encode())
+                    # It shows no list while there are keys to read.
+                    shown = _read_until(ours, r"\n.*\S") if line.endswith(_LIST) else ""
+                    os.write(ours, b"\x19")
+                    answers.append(shown + _read_until(ours, r"=virt-dib[^=\r\n]*(=[^=\r\n]*)?=\r"))
                 return answers
         finally:
             os.close(ours)

@@ -31,6 +31,25 @@ PATH = f"{COMMANDS}:/usr/sbin:/usr/bin:/sbin:/bin"
 SIZE = {"DIB_IMAGE_SIZE": "0.25"}
 _DATE = re.compile(r"-\d{4}\.\d\d\.\d\d-\d\d\.\d\d\.\d\d\.")
 
+CONFIG = json.dumps([
+    {"local_loop": {"name": "image0", "mkfs": {"name": "root_fs", "label": "from-config", "type": "ext4",
+     "mount": {"mount_point": "/", "fstab": {"options": "noatime", "fsck-passno": 1}}}}}])  # fmt: skip
+EDPM = """
+- imagename: edpm-hardened
+  types: [qcow2]
+  elements: [tiny-os, edpm-block-device]
+  skip-base: true
+  min-tmpfs: 7
+  checksum: true
+  environment:
+    DIB_IMAGE_SIZE: '0.3'
+    DIB_RELEASE: 9-stream
+- imagename: other
+  types: [raw]
+  elements: [tiny-os]
+  skip-base: true
+  environment: {DIB_IMAGE_SIZE: '0.25'}
+"""
 LEAVES = """#!/bin/bash
 set -eu
 echo kernel >"$IMAGE_NAME.kernel"
@@ -51,6 +70,8 @@ class Case:
     arguments: Sequence[str]
     variables: Mapping[str, str] = field(default_factory=dict)
     ramdisk: bool = False
+    described: bool = False
+    """The arguments are files for diskimage-builder."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Those of an earlier build, in the working directory."""
     directories: Sequence[str] = ()
@@ -60,6 +81,8 @@ class Case:
 
     @property
     def program(self) -> str:
+        if self.described:
+            return "diskimage-builder"
         return "ramdisk-image-create" if self.ramdisk else "disk-image-create"
 
 
@@ -148,12 +171,22 @@ FULL: Mapping[str, Case] = {
                            variables=SIZE),
     "ramdisk-with-option": Case(arguments=["-n", "-o", "r", "--ramdisk-element", "leaves", "tiny-os"], ramdisk=True,
                                 variables=SIZE),
-    "block-device-config": raw(variables=SIZE | {"DIB_BLOCK_DEVICE_CONFIG": json.dumps([
-        {"local_loop": {"name": "image0", "mkfs": {"name": "root_fs", "label": "from-config", "type": "ext4",
-         "mount": {"mount_point": "/", "fstab": {"options": "noatime", "fsck-passno": 1}}}}}])}),
+    "block-device-config": raw(variables=SIZE | {"DIB_BLOCK_DEVICE_CONFIG": CONFIG}),
     **{f"failing-{phase.directory}": raw(f"fails-{phase.directory.removesuffix('.d')}") for phase in Phase},
     "killed-script": raw("killed"),
     "nothing-in-root": Case(arguments=["-n", "-t", "raw", "empty-os"], variables=SIZE),
+    # as bifrost calls it, without -c, which ends with an error there
+    "bifrost": Case(arguments=[
+        "-x", "-u", "-n", "-a", "amd64", "-o", "out/deployment_image.qcow2", "-t", "qcow2", "--no-tmpfs", "--offline",
+        "--image-size", "0.3", "--image-cache", "@HERE@/cache", "--max-online-resize", "4000000", "--min-tmpfs", "1",
+        "--qemu-img-options", "compat=1.1", "--root-label", "img-root", "--ramdisk-element", "leaves", "tiny-os",
+        "leaves", "probe",
+    ], variables={"DIB_BLOCK_DEVICE_CONFIG": CONFIG, "VIRTUAL_ENV": "/nowhere", "no_proxy": "localhost"},
+       directories=["out", "cache"]),
+    # as edpm-image-builder does: two files, one image in both
+    "edpm": Case(arguments=["images.yaml", "more.yaml"], described=True, files={
+        "images.yaml": EDPM, "more.yaml": "- imagename: edpm-hardened\n  elements: [leaves]\n  debug-trace: 1\n",
+    }),
     # what is refused before anything is built
     "no-elements": Case(arguments=["-n"]),
     "empty-elements": Case(arguments=["-n", "", ""]),
@@ -187,6 +220,8 @@ def elements(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_element(parent, "empty-os", {"root.d/10-nothing": "#!/bin/bash\n"}, provides=["operating-system"])
     bulk = '#!/bin/bash\nhead -c 90000000 /dev/urandom >"$TARGET_ROOT/bulk"\n'
     make_element(parent, "bulk", {"root.d/50-bulk": bulk})
+    # A file, as its other suffix says, is also YAML.
+    make_element(parent, "edpm-block-device", {"block-device-default.yaml": CONFIG})
     make_element(parent, "killed", {"install.d/50-killed": "#!/bin/bash\nkill -KILL $$\n"})
     for phase in Phase:
         name = phase.directory.removesuffix(".d")
