@@ -628,7 +628,7 @@ def test_a_build_stops_where_it_was_asked_to_and_goes_on(
     assert "virt-dib install.d" not in log
 
 
-@pytest.mark.appliance
+@pytest.mark.full
 def test_a_shell_on_the_host_and_one_after_its_script_has_failed(
     tmp_path: Path, temporary: Path, elements: Sequence[str]
 ) -> None:
@@ -648,7 +648,7 @@ def test_a_shell_on_the_host_and_one_after_its_script_has_failed(
         assert running.ended() == 1
 
 
-@pytest.mark.appliance
+@pytest.mark.full
 def test_extra_packages_that_cannot_be_installed_are_an_error_too(
     tmp_path: Path, temporary: Path, elements: Sequence[str]
 ) -> None:
@@ -694,7 +694,7 @@ def test_variables_of_the_drop_in_do_what_they_do_with_dib(tmp_path: Path, tempo
         assert running.ended() == 42
 
 
-@pytest.mark.appliance
+@pytest.mark.full
 def test_ctrl_c_in_a_command_that_is_no_shell_ends_that_alone(
     tmp_path: Path, temporary: Path, element_dir: Path
 ) -> None:
@@ -713,14 +713,13 @@ def test_ctrl_c_in_a_command_that_is_no_shell_ends_that_alone(
         assert running.ended() == 42
 
 
-@pytest.mark.appliance
 @pytest.mark.parametrize(
     ("isolation", "number"),
     [
-        ("sandbox", signal.SIGINT),
-        ("sandbox", signal.SIGTERM),
-        ("sandbox", signal.SIGHUP),
-        ("vm", signal.SIGTERM),
+        pytest.param("sandbox", signal.SIGINT, marks=pytest.mark.appliance),
+        pytest.param("sandbox", signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param("sandbox", signal.SIGHUP, marks=pytest.mark.full),
+        pytest.param("vm", signal.SIGTERM, marks=pytest.mark.full),
     ],
 )
 def test_a_signal_ends_a_build_whose_shell_is_open(
@@ -747,7 +746,7 @@ def test_the_death_of_the_machine_is_an_error(tmp_path: Path, temporary: Path, e
         assert running.ended() == 1
 
 
-@pytest.mark.appliance
+@pytest.mark.full
 def test_a_machine_that_stops_is_an_error(tmp_path: Path, temporary: Path, elements: Sequence[str]) -> None:
     with build(tmp_path, temporary, *elements, "--isolation", "vm", "--break", "before-root", "tiny-os") as running:
         person, prompt = running.person, prompt_of("root.d")
