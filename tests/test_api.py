@@ -337,7 +337,7 @@ def check_failure(told: Sequence[api.Event]) -> None:
     log = last.log_path.read_bytes().split(b"\n")
     assert log[ended.log_line - 1] == b"\xff\x1b]0;t\x07\0last words"
     for event in told:
-        assert isinstance(event, api.Output) or api.event_json(event)
+        assert isinstance(event, (api.Output, api.EnvironmentSourced)) or api.event_json(event)
 
 
 @pytest.mark.appliance
