@@ -36,7 +36,10 @@ def context(tmp_path: Path) -> Path:
             member.type, member.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(member)
         for program in ("busybox", "sh"):
-            tar.add(busybox, f"bin/{program}", filter=lambda member: member.replace(mode=0o755, uid=0, gid=0))
+            with busybox.open("rb") as stream:
+                member = tar.gettarinfo(arcname=f"bin/{program}", fileobj=stream)
+                member.mode, member.uid, member.gid = 0o755, 0, 0
+                tar.addfile(member, stream)
     (directory / "copied").write_text("copied\n")
     (directory / "Containerfile").write_text(CONTAINERFILE)
     return directory
