@@ -338,7 +338,7 @@ NOT_COMPARED = {
     "PATH": "of the host outside", "HOME": "of the guest", "USER": "root in the guest", "LOGNAME": "of sudo",
     "SHELL": "of sudo", "TERM": "none here", "LANG": "set by us", "LC_CTYPE": "of the Python that starts DIB",
     "PYTHONUNBUFFERED": "set by us", "PS4": "lost or not on the way to bash", "TMP_DIR": "of the host",
-    "XDG_CACHE_HOME": "of the host", "VIRT_DIB_ISOLATION": "ours", "IMAGE_ELEMENT": "in random order with DIB",
+    "VIRTUAL_ENV": "of the host", "XDG_CACHE_HOME": "of the host", "VIRT_DIB_ISOLATION": "ours", "IMAGE_ELEMENT": "in random order with DIB",
     "IMAGE_ELEMENT_YAML": "in random order with DIB", "DIB_IMAGE_CACHE": "of the host", "DIB_LOCKFILES": "of the host",
     "DIB_ENV": "in another order", "DIB_MANIFEST_SAVE_DIR": "of an element that is not there",
     **dict.fromkeys(("SUDO_COMMAND", "SUDO_GID", "SUDO_UID", "SUDO_USER"), "of sudo"),
