@@ -308,7 +308,7 @@ def members(archive: Path) -> list[tuple[str, bytes, int, int, int, str, str]]:
         return sorted(
             (
                 member.name, member.type, member.mode, member.uid, member.gid, member.linkname,
-                hashlib.sha256(tar.extractfile(member).read()).hexdigest() if member.isreg() else "",  # type: ignore[union-attr]
+                hashlib.sha256(tar.extractfile(member).read()).hexdigest() if member.isreg() else "",  # type: ignore[union-attr] # a file
             )
             for member in tar
             # DIB loses what begins with a dot at the top, and takes the content of /dev with it.

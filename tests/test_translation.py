@@ -97,7 +97,7 @@ def words_of(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield from filter(None, (parser.description, parser.epilog))
     for group in parser._action_groups:  # noqa: SLF001 - argparse's one list of groups
         if group._group_actions:  # noqa: SLF001 - likewise
-            yield from filter(None, (group.title, *(action.help for action in group._group_actions)))  # noqa: SLF001
+            yield from filter(None, (group.title, *(action.help for action in group._group_actions)))  # noqa: SLF001 - no other way
 
 
 @pytest.mark.parametrize("build_parser", [options.build_parser, doctor.build_parser, boot_cli.build_parser])

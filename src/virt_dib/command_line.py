@@ -211,7 +211,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         memory_mib=values.take(lambda: _number("memory_mib", given.memory), None, "memory"),
         cpus=values.take(lambda: _number("cpus", given.cpus), None, "cpus"),
         network=values.take(lambda: _switch(given.network), True, "network"),  # noqa: FBT003 - the default
-        host_certificates=values.take(lambda: _switch(given.host_certificates), True, "host_certificates"),  # noqa: FBT003
+        host_certificates=values.take(lambda: _switch(given.host_certificates), True, "host_certificates"),  # noqa: FBT003 - default
         root_label=root_label if fs_type else None,
         fs_type=fs_type or _DEFAULT_FS_TYPE,
         mkfs_options=values.take(lambda: _mkfs_options(given.mkfs_options), ""),
