@@ -194,12 +194,115 @@ def test_what_a_killed_build_leaves_goes_at_the_next_start(element_dir: Path, ou
         wait_for(output_dir / "disk.log", b"waiting")
         process.kill()
         process.wait()
-    for _ in range(100):
-        if not processes(temporary):
-            break
-        signal.sigtimedwait([], 0.1)
-    assert processes(temporary) == set()
+    wait_until_gone(temporary)
     assert Path("/proc/self/mounts").read_text() == before
     assert len(list(temporary.iterdir())) == 1
     assert len(workspace.remove_leftovers(temporary)) == 1
+    assert list(temporary.iterdir()) == []
+
+
+def wait_until_gone(temporary: Path) -> None:
+    """Wait until the processes of a build have gone after it."""
+    for _ in range(100):
+        if not processes(temporary):
+            return
+        signal.sigtimedwait([], 0.1)
+    pytest.fail(f"processes are left: {processes(temporary)}")
+
+
+def sockets_of_libguestfs() -> set[Path]:
+    return set(Path("/tmp").glob("libguestfs*"))
+
+
+def test_what_a_build_leaves_that_is_killed_while_it_writes_goes_at_the_next_start(
+    element_dir: Path, output_dir: Path, tmp_path: Path
+) -> None:
+    # So much takes xz its time.
+    script = "#!/bin/bash\ndd if=/dev/urandom of=$TMP_MOUNT_PATH/random bs=1M count=60\n"
+    command, environment, temporary = started(element_dir, tmp_path, script)
+    sockets = sockets_of_libguestfs()
+    with tools.started(
+        [*command, "--formats", "raw,squashfs"], environment=environment, cwd=output_dir, stderr=tools.TOGETHER
+    ) as process:
+        wait_for(output_dir / "disk.log", b"writing raw, squashfs")
+        wait_for_file(output_dir, ".disk.squashfs.*.partial")
+        process.kill()
+        process.wait()
+    wait_until_gone(temporary)
+    with nothing_left(output_dir, temporary):
+        assert len(workspace.remove_leftovers(temporary)) == 1
+    assert sockets_of_libguestfs() <= sockets
+
+
+def wait_for_file(directory: Path, pattern: str) -> None:
+    """Wait until there is a file whose name fits *pattern*."""
+    for _ in range(300):
+        if list(directory.glob(pattern)):
+            return
+        signal.sigtimedwait([], 0.1)
+    pytest.fail(f"no {pattern} in {directory}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=["HUP", "TERM"])
+def test_interrupting_ends_what_writes_the_files(
+    element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    script = "#!/bin/bash\ndd if=/dev/urandom of=$TMP_MOUNT_PATH/random bs=1M count=60\n"
+    command, environment, temporary = started(element_dir, tmp_path, script)
+    with (
+        nothing_left(output_dir, temporary),
+        tools.started(
+            [*command, "--formats", "raw,squashfs"], environment=environment, cwd=output_dir, stderr=tools.TOGETHER
+        ) as process,
+    ):
+        wait_for(output_dir / "disk.log", b"writing raw, squashfs")
+        wait_for_file(output_dir, ".disk.squashfs.*.partial")
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 130
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("isolation", ["vm", "sandbox"])
+def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
+    element_dir: Path, output_dir: Path, tmp_path: Path, isolation: str, phase: Phase, number: signal.Signals
+) -> None:
+    files = {f"{phase.directory}/60-slow": "#!/bin/bash\necho waiting\nsleep 600\n"}
+    command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\n")
+    make_element(tmp_path / "elements", "slower", files)
+    sockets = sockets_of_libguestfs()
+    with (
+        nothing_left(output_dir, temporary),
+        tools.started(
+            [*command, "slower", "--isolation", isolation],
+            environment=environment,
+            cwd=output_dir,
+            stderr=tools.TOGETHER,
+        ) as process,
+    ):
+        wait_for(output_dir / "disk.log", b"waiting")
+        process.send_signal(number)
+        if number is signal.SIGKILL:
+            process.wait()
+            wait_until_gone(temporary)
+            assert len(workspace.remove_leftovers(temporary)) == 1
+        else:
+            assert process.wait(timeout=10) == 130
+    assert sockets_of_libguestfs() <= sockets
+
+
+@pytest.mark.full
+def test_the_second_of_two_builds_of_one_name_is_refused(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\necho waiting\nread </dev/zero\n")
+    with tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
+        wait_for(output_dir / "disk.log", b"waiting")
+        log = (output_dir / "disk.log").read_bytes()
+        second = tools.run(command, doing="building", environment=environment, cwd=output_dir, check=False)
+        assert second.exit_status == 1
+        assert "disk.log': another build is writing to it" in second.stderr
+        assert "another --name" in second.stderr
+        assert (output_dir / "disk.log").read_bytes() == log
+        process.terminate()
+        assert process.wait() == 130
     assert list(temporary.iterdir()) == []

@@ -67,6 +67,9 @@ _OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
+_UNIX_WORDS = 8
+"""Of a line of ``/proc/net/unix`` with a path in it: the last but one is the inode."""
+
 _KERNEL_OPTIONS = "mitigations=off norandmaps init_on_alloc=0"
 """The appliance runs nothing but one build, so it needs no walls against itself. Emulated, ``norandmaps`` makes
 starting a process three to four times cheaper: qemu keeps translated code by address, and with random
@@ -120,6 +123,8 @@ class Settings:
     """Have libguestfs tell what it does, and the appliance what it says on its console."""
     shell_socket: Path | None = None
     """Where shells can be opened: the socket to make for them."""
+    on_elsewhere: Callable[[Path], None] | None = None
+    """Gets what libguestfs has made that is not beside the disks, and that stays if this process is killed."""
     on_message: Callable[[str], None] | None = None
     """Gets what there is to tell."""
     on_debug: Callable[[str], None] | None = None
@@ -214,6 +219,9 @@ class Appliance:
         # It is the first to be killed, and what it leaves then goes with the disks.
         self._handle.set_path(str(supermin.build(directory, settings.disks[0].path.parent, on_debug)))
         self._handle.launch()
+        if settings.on_elsewhere is not None and not _own_runtime_dir(settings):
+            for directory in _socket_directories():
+                settings.on_elsewhere(directory)
         self._mount(self._settings.early_disk or self._settings.disks[0])
         serve = f"/sysroot/guest/block-device.py --serve {BLOCK_DEVICE_DIR} /sysroot/site"
         self._handle.debug("sh", [f"cd / && exec /usr/bin/python3 -S {serve} </dev/null"])
@@ -542,6 +550,8 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
     handle = guestfs.GuestFS(python_return_dict=True, close_on_exit=False)
     handle.set_cachedir(str(supermin.prepare(settings.cache_dir, handle.get_path().split(":"))))
     # What it leaves when this process is killed goes with the disks.
+    if _own_runtime_dir(settings):
+        handle.parse_environment_list([f"XDG_RUNTIME_DIR={settings.disks[0].path.parent}"])
     handle.set_tmpdir(str(settings.disks[0].path.parent))
     # A process group of its own: Ctrl-C on the terminal is for virt-dib to deal with.
     handle.set_pgroup(True)
@@ -565,16 +575,7 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         path = str(settings.shell_socket).replace(",", ",,")
         handle.config("-chardev", f"socket,id=shell,path={path},server=on,wait=off")
         handle.config("-device", f"virtserialport,chardev=shell,name={_SHELL_PORT}")
-    if settings.on_debug is not None and (settings.trace or settings.verbose):
-        report = settings.on_debug
-        # As libguestfs begins its lines on standard error.
-        prefixes = {guestfs.EVENT_TRACE: "libguestfs: trace: ", guestfs.EVENT_LIBRARY: "libguestfs: "}
-        handle.set_trace(settings.trace)
-        handle.set_verbose(settings.verbose)
-        handle.set_event_callback(
-            lambda event, _handle, text, _array: report(prefixes.get(event, "") + text.rstrip("\n")),
-            guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
-        )
+    _report(handle, settings)
     for disk in [*settings.disks, *([settings.early_disk] if settings.early_disk else [])]:
         handle.add_drive_opts(str(disk.path), format="raw", label=disk.label, cachemode="unsafe", discard="besteffort")
     if settings.drive is not None:
@@ -582,6 +583,40 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         # It outlives the build: what the guest has been told is on the disk must be there.
         handle.add_drive_opts(str(drive.path), format=drive.format, label=drive.label, cachemode="writeback")
     return handle
+
+
+def _report(handle: guestfs.GuestFS, settings: Settings) -> None:
+    """Have libguestfs tell what it does, where somebody wants to know."""
+    import guestfs  # noqa: PLC0415, TID251 - see binding_problem
+
+    report = settings.on_debug
+    if report is None or not (settings.trace or settings.verbose):
+        return
+    # As libguestfs begins its lines on standard error.
+    prefixes = {guestfs.EVENT_TRACE: "libguestfs: trace: ", guestfs.EVENT_LIBRARY: "libguestfs: "}
+    handle.set_trace(settings.trace)
+    handle.set_verbose(settings.verbose)
+    handle.set_event_callback(
+        lambda event, _handle, text, _array: report(prefixes.get(event, "") + text.rstrip("\n")),
+        guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
+    )
+
+
+def _own_runtime_dir(settings: Settings) -> bool:
+    """Whether libguestfs can have its sockets beside the disks: for root they are in ``/tmp``, whatever it is told."""
+    longest = settings.disks[0].path.parent / "libguestfsXXXXXX" / "guestfsd.sock"
+    return os.geteuid() != 0 and len(os.fsencode(longest)) <= LONGEST_SOCKET_PATH_BYTES
+
+
+def _socket_directories() -> set[Path]:
+    """Where libguestfs has the sockets that this process has open."""
+    ours = set()
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            ours.add(os.readlink(entry.path).removeprefix("socket:[").removesuffix("]"))
+    lines = (line.split(maxsplit=7) for line in Path("/proc/self/net/unix").read_text(errors="replace").splitlines())
+    paths = (Path(words[7]) for words in lines if len(words) == _UNIX_WORDS and words[6] in ours)
+    return {path.parent for path in paths if path.parent.name.startswith("libguestfs")}
 
 
 def _alive_command(pid: str) -> str:

@@ -8,8 +8,6 @@ What scripts print is hostile. The log gets it byte for byte; a terminal gets on
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import threading
 import time
 from collections import deque
@@ -19,7 +17,8 @@ from types import TracebackType
 from typing import TextIO, final
 
 from virt_dib import events
-from virt_dib.errors import Interrupted, ToolError, VirtDibError
+from virt_dib.errors import Interrupted, VirtDibError
+from virt_dib.log_file import LogFile
 from virt_dib.plain_text import Sanitiser, one_line, printable, write_out
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Phase
@@ -36,64 +35,7 @@ _MOST_HELD = 10_000
 _GREEN, _YELLOW, _BOLD = "32", "33", "1"
 
 
-# ---- the two places text goes to ----
-
-
-class _Log:
-    """The log of one build. A log of that name is replaced once the new one is open."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.newlines = 0
-        self.at_line_start = True
-        self._ended = False
-        # A fresh name: whatever bears the final one, a link perhaps, is replaced and never written to.
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            self._descriptor = os.open(partial, flags, 0o666)
-            try:
-                partial.replace(path)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                os.close(self._descriptor)
-                raise
-        except OSError as error:
-            raise ToolError(
-                f"creating the log '{path}': {error.strerror}",
-                hint="build in a directory you can write, or name another with --name DIRECTORY/NAME",
-            ) from error
-
-    def write(self, data: bytes) -> None:
-        """Append *data*; it is in the file when this returns.
-
-        Raises:
-            ToolError: the first time it cannot be written; after that nothing is.
-        """
-        if self._ended or not data:
-            return
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as error:
-            self._ended = True
-            raise ToolError(
-                f"writing the log '{self.path}': {error.strerror}", hint="make space in that directory"
-            ) from error
-        self.newlines += data.count(b"\n")
-        self.at_line_start = data.endswith(b"\n")
-
-    def write_line(self, text: str) -> None:
-        """Append a line of ours, on a line of its own."""
-        start = b"" if self.at_line_start else b"\n"
-        self.write(start + text.encode("utf-8", "replace") + b"\n")
-
-    def close(self) -> None:
-        """End the log; what is written later is dropped."""
-        self._ended = True
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+# ---- the terminal ----
 
 
 class _Screen:
@@ -156,7 +98,7 @@ class BuildMonitor:
         self._teller = events.Teller(listener)
         self._name = ""
         self._total = 0
-        self._log: _Log | None = None
+        self._log: LogFile | None = None
         self._log_path: Path | None = None
         self._log_lasts = True
         self._tail = b""
@@ -213,7 +155,7 @@ class BuildMonitor:
         Raises:
             ToolError: it cannot be created; an earlier one is as it was.
         """
-        self._log, self._log_path, self._log_lasts = _Log(path), path, lasting
+        self._log, self._log_path, self._log_lasts = LogFile(path), path, lasting
         last_words: Sequence[str] = ()
         try:
             yield

@@ -19,6 +19,7 @@ from virt_dib.interrupts import shielded
 from virt_dib.report import Artifact
 from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
 from virt_dib.staging import CopiedOut
+from virt_dib.workspace import note_elsewhere
 
 _DIRECTORY = "directory"
 _FILE = "file"
@@ -95,6 +96,7 @@ class Outputs:
         """What is below *inside* in the guest goes below *base*; what is named after the image, *own*, may replace."""
         scratch = base / f".{self._spec.name}.{self._mark}.{len(self._scratch)}.partial"
         self._scratch.append(scratch)
+        self._note(scratch)
         scratch.mkdir()
         copied = self._copy_out(appliance, inside, scratch)
         for path in sorted(path for path in scratch.rglob("*") if not path.is_dir()):
@@ -139,6 +141,7 @@ class Outputs:
             for partial, final, kind in self._partial:
                 if kind == _DIRECTORY and final.is_dir():
                     aside = final.with_name(f".{final.name}.{self._mark}.old")
+                    note_elsewhere(self._workspace, aside, name=final)
                     final.rename(aside)
                     replaced.append(aside)
                 elif kind == _FILE:
@@ -180,7 +183,12 @@ class Outputs:
     def _new(self, name: str, kind: formats.Format | str) -> Path:
         partial = self._directory / f".{name}.{self._mark}.partial"
         self._partial.append((partial, self._directory / name, kind))
+        self._note(partial)
         return partial
+
+    def _note(self, partial: Path) -> None:
+        if self._spec.delete_on_failure:
+            note_elsewhere(self._workspace, partial)
 
     @property
     def engine(self) -> str | None:

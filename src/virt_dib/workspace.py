@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import stat
 import tempfile
@@ -16,6 +17,7 @@ from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
+_ELSEWHERE = "elsewhere"
 _PREFIX = "virt-dib-"
 
 
@@ -59,15 +61,47 @@ def claimed(workspace: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def note_elsewhere(workspace: Path, path: Path, *, name: Path | None = None) -> None:
+    """Remember that the build with that directory makes *path* outside of it, for if the build is killed.
+
+    It is removed then, when the directory is; what is put aside for something new of the same *name*, only if that has
+    got its name. A build that is not killed tidies up on its own.
+    """
+    note = [str(path.absolute()), *([str(name.absolute())] if name is not None else [])]
+    with (workspace / _ELSEWHERE).open("a") as stream:
+        stream.write(json.dumps(note) + "\n")
+
+
 def remove_leftovers(parent: Path) -> list[Path]:
     """Remove what killed builds of this user have left in *parent*; return what is gone."""
     gone = []
     for workspace in sorted(parent.glob(f"{_PREFIX}*")):
         with contextlib.suppress(OSError), _abandoned(workspace) as abandoned:
             if abandoned:
+                _remove_elsewhere(workspace)
                 _remove(workspace)
                 gone += [] if workspace.exists() else [workspace]
     return gone
+
+
+def _remove_elsewhere(workspace: Path) -> None:
+    """Remove what a killed build has left outside of its directory, and give back what it had only put aside."""
+    try:
+        notes = (workspace / _ELSEWHERE).read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for note in notes:
+        # The last one may be cut off.
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            path, *names = map(Path, json.loads(note))
+            if path.lstat().st_uid != os.geteuid():
+                continue
+            if names and not os.path.lexists(names[0]):
+                path.rename(names[0])
+            elif path.is_dir() and not path.is_symlink():
+                staging.remove_tree(path)
+            else:
+                path.unlink()
 
 
 def _remove(directory: Path) -> None:
