@@ -167,6 +167,24 @@ def test_a_dead_appliance_is_an_error_not_a_hang(
     assert "libguestfs" not in capfd.readouterr().err
 
 
+@pytest.mark.appliance
+def test_last_words_that_come_late_are_heard(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appliance_module, "_ALIVE_CHECK_S", 1.0)
+    # What it prints stays in the pipe while the reader is stopped.
+    later = "(sleep 5; kill -CONT $reader) >/dev/null 2>&1 &"
+    script = f"reader=$(</sysroot/jobs/reader); kill -STOP $reader; {later} echo late; exit 3"
+    assert bash(appliance, script) == (3, "late\n")
+
+
+@pytest.mark.appliance
+def test_a_runner_that_is_killed_is_an_error(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appliance_module, "_ALIVE_CHECK_S", 1.0)
+    monkeypatch.setattr(appliance_module, "_LAST_WORDS_S", 1.0)
+    with pytest.raises(ApplianceError, match="ended without a result") as caught:
+        appliance.run(["/bin/bash", "-c", "kill -KILL $PPID; sleep 1"], PATH, "/")
+    assert "--memsize" in str(caught.value.problems[0].hint)
+
+
 def our_qemus() -> set[str]:
     return {pid for pid in os.listdir("/proc") if pid.isdigit() and is_our_qemu(pid)}
 

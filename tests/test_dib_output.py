@@ -77,6 +77,8 @@ class OnHost:
     hooks: Path
     piece_bytes: int = 13
 
+    killed_hint = "give it more memory"
+
     def run(
         self,
         command: Sequence[str],

@@ -241,6 +241,32 @@ def test_a_script_killed_by_a_signal(element_dir: Path, output_dir: Path, tmp_pa
     assert "SIGSEGV" in errors(run)[0]
 
 
+@pytest.mark.parametrize(
+    ("script", "said", "advised"),
+    [
+        pytest.param(
+            "echo c >/proc/sysrq-trigger; sleep 600",
+            "has not ended: .*: the appliance has ended",
+            "kernel has crashed",
+            marks=pytest.mark.appliance,
+        ),
+        pytest.param("tail /dev/zero", r"failed with exit status 137 \(SIGKILL\)", "--memsize", marks=pytest.mark.full),
+    ],
+    ids=["panic", "no-memory"],
+)
+def test_a_script_that_breaks_the_appliance(
+    element_dir: Path, output_dir: Path, tmp_path: Path, script: str, said: str, advised: str
+) -> None:
+    make_element(tmp_path / "elements", "bad", {"root.d/60-bad": f"#!/bin/bash\necho last words\n{script}\n"})
+    arguments: list[str | Path] = ["--memsize", "700"]
+    arguments += ["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "bad"]
+    run = fail(arguments, output_dir, tmp_path)
+    assert run.exit_status == 1
+    assert re.search(f"root.d/60-bad of element 'bad' {said}", errors(run)[0])
+    assert "    last words\n" in run.stderr
+    assert advised in hints(run)[-1]
+
+
 @pytest.mark.appliance
 @pytest.mark.parametrize(
     ("number", "moment"),

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,6 +42,7 @@ _CHUNK_BYTES = 1 << 20
 _POLL_FIRST_S = 0.05
 _POLL_LAST_S = 0.5
 _ALIVE_CHECK_S = 30.0
+_LAST_WORDS_S = 10.0
 _START_TIMEOUTS_S = (180.0, 600.0)
 """An emulated machine has been seen to stand still while it starts, once in some hundred times: it gets two tries."""
 _REPLY_TIMEOUT_S = 300.0
@@ -67,6 +68,7 @@ _OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
+_DEAD = "its kernel has crashed, or somebody or a host without memory has killed its qemu; -v shows what it said last"
 _UNIX_WORDS = 8
 """Of a line of ``/proc/net/unix`` with a path in it: the last but one is the inode."""
 
@@ -129,6 +131,37 @@ class Settings:
     """Gets what there is to tell."""
     on_debug: Callable[[str], None] | None = None
     """Gets what libguestfs says with ``trace`` and ``verbose``; in a thread of its own."""
+
+
+@dataclass
+class _Silence:
+    """The time since a job has said something, in which it may have ended without a result."""
+
+    is_alive: Callable[[], bool]
+    hint: str
+    since_s: float = field(default_factory=time.monotonic)
+    pause_s: float = _POLL_FIRST_S
+    ended_s: float | None = None
+
+    def check(self) -> None:
+        """Look now and then whether the job lives.
+
+        Raises:
+            ApplianceError: it does not, and what it has said last must have come by now.
+        """
+        now_s = time.monotonic()
+        if self.ended_s is not None:
+            if now_s > self.ended_s + _LAST_WORDS_S:
+                raise ApplianceError("the runner in the appliance ended without a result", hint=self.hint)
+        elif now_s > self.since_s + _ALIVE_CHECK_S:
+            self.since_s = now_s
+            if not self.is_alive():
+                self.ended_s = now_s
+
+    def wait(self) -> None:
+        """Wait a little, longer each time."""
+        time.sleep(self.pause_s)
+        self.pause_s = min(self.pause_s * 1.5, _POLL_LAST_S)
 
 
 def binding_problem() -> Problem | None:
@@ -291,6 +324,11 @@ class Appliance:
 
     # ---- work ----
 
+    @property
+    def killed_hint(self) -> str:
+        """See :class:`virt_dib.jobs.Runner`."""
+        return f"perhaps the appliance ran out of its {self._settings.memory_mib} MiB: give it more with --memsize"
+
     def run(
         self,
         command: Sequence[str],
@@ -434,7 +472,8 @@ class Appliance:
     ) -> int:
         """Pass on what the job prints until it says that it has ended; return its status."""
         splitter = Splitter(token.encode())
-        offset, pause_s, heard = 0, _POLL_FIRST_S, time.monotonic()
+        offset = 0
+        silence = _Silence(lambda: self._is_alive(pid), self.killed_hint)
         while True:
             data = self._call(
                 "reading the output of a script", self._handle.pread, f"{job}.output", _CHUNK_BYTES, offset
@@ -447,33 +486,22 @@ class Appliance:
                     return int(piece.words[0])
                 elif on_event is not None:
                     on_event(piece)
+            if len(data) == _CHUNK_BYTES:
+                continue
             if data:
-                pause_s, heard = _POLL_FIRST_S, time.monotonic()
-                if len(data) == _CHUNK_BYTES:
-                    continue
-            elif time.monotonic() - heard > _ALIVE_CHECK_S:
-                self._check_alive(pid)
-                heard = time.monotonic()
+                silence = _Silence(silence.is_alive, silence.hint)
+            else:
+                silence.check()
             if deadline is not None and time.monotonic() > deadline:
                 self._kill()
                 raise _NoAnswerError("the appliance stood still while it was being prepared")
             self._check_host_space()
             check_cancelled()
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, _POLL_LAST_S)
+            silence.wait()
 
-    def _check_alive(self, pid: str) -> None:
-        state = self._call(
-            "asking the appliance whether it lives",
-            self._handle.debug,
-            "sh",
-            [_alive_command(pid)],
-        )
-        if state.strip() != "alive":
-            raise ApplianceError(
-                "the runner in the appliance ended without a result",
-                hint="perhaps the appliance ran out of memory: give it more with --memsize",
-            )
+    def _is_alive(self, pid: str) -> bool:
+        doing = "asking the appliance whether it lives"
+        return bool(self._call(doing, self._handle.debug, "sh", [_alive_command(pid)]).strip() == "alive")
 
     def _check_host_space(self) -> None:
         """Stop before qemu does: it waits for space for ever, and the build would just stand still."""
@@ -507,12 +535,18 @@ class Appliance:
             _wait(future, doing, timeout_s, meanwhile)
             return future.result()
         except RuntimeError as error:
+            if self._is_dead():
+                raise ApplianceError(f"{doing}: the appliance has ended: {_first_line(error)}", hint=_DEAD) from error
             raise ApplianceError(f"{doing}: {_first_line(error)}", hint=supermin.hint_for(str(error))) from error
         except BaseException as error:
             # With a drive close() does it, once nothing is left to be written there; if the machine still answers.
             if isinstance(error, _NoAnswerError) or not self._drive_is_open:
                 self._kill()
             raise
+
+    def _is_dead(self) -> bool:
+        """Whether the virtual machine has ended on its own, after it had started."""
+        return self._running and self._pid is not None and not Path(f"/proc/{self._pid}").exists()
 
     def _kill(self) -> None:
         """End the virtual machine now. Before its id is known, everything libguestfs has started."""

@@ -55,6 +55,10 @@ class JobResult:
 class Runner(Protocol):
     """Where scripts can be run. Paths are those below ``/dib``."""
 
+    @property
+    def killed_hint(self) -> str:
+        """What a program there may have lacked that was killed, nobody knows by whom; a hint."""
+
     def run(
         self,
         command: Sequence[str],

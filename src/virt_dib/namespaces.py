@@ -36,6 +36,7 @@ IDS = 1 << 16
 PROCESS_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 """What sandbox-init.py and our own programs in a sandbox get."""
 
+NO_MEMORY = "perhaps this host ran out of memory"
 _MESSAGE_BYTES = 1 << 16
 _CHUNK_BYTES = 1 << 20
 _END_TIMEOUT_S = 10.0
@@ -266,6 +267,11 @@ class Inside:
     socket: socket.socket
     output: IO[bytes]
 
+    @property
+    def killed_hint(self) -> str:
+        """See :class:`virt_dib.jobs.Runner`."""
+        return NO_MEMORY
+
     def receive(self) -> tuple[str, list[int]]:
         """What it says: a message, and descriptors that came with it.
 
@@ -283,7 +289,7 @@ class Inside:
         said = [line.strip() for line in self.said().splitlines() if line.strip()]
         raise ApplianceError(
             " / ".join([f"running the sandbox: {reason}", *said[-5:]]),
-            hint=None if message else "perhaps this host ran out of memory",
+            hint=None if message else NO_MEMORY,
         )
 
     def said(self) -> str:

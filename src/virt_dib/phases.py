@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -12,7 +13,7 @@ from virt_dib import environment as contract
 from virt_dib import online
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
-from virt_dib.errors import ScriptError
+from virt_dib.errors import ApplianceError, ScriptError
 from virt_dib.interrupts import Limit, limited
 from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
@@ -27,6 +28,8 @@ LAST_LINES = 10
 _READ_LINES = 40
 """How much is searched for the reason: apt and pip try again, and say more after it."""
 
+_KILLED = re.compile(r"\bKilled\b")
+"""What bash says of a program that has got SIGKILL, as the kernel gives it when memory runs out."""
 _RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _MOST_RESULTS = 10_000
 """Scripts of a phase in the report; a guest may forge any number."""
@@ -94,7 +97,7 @@ class Phases:
                 also(data)
 
         begun = time.monotonic()
-        with limited(scripts.limit):
+        with limited(scripts.limit), scripts.naming():
             result = place.run(
                 command,
                 variables,
@@ -103,7 +106,7 @@ class Phases:
                 on_output=output,
                 on_event=scripts.event,
             )
-        scripts.end(result.exit_status)
+        scripts.end(result.exit_status, place.killed_hint)
         self._finished(phase.directory, begun, scripts.results)
 
     @contextlib.contextmanager
@@ -196,11 +199,29 @@ class _PhaseScripts:
             details=self._monitor.tail(LAST_LINES),
         )
 
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name the script that was running when what it runs in failed."""
+        try:
+            yield
+        except ApplianceError as error:
+            if self._running is None:
+                raise
+            name = self._running[0]
+            problem = error.problems[0]
+            raise ApplianceError(
+                f"{self._phase.directory}/{name}{_of(self._element(name))} has not ended: {problem.message}",
+                hint=problem.hint,
+                details=problem.details or self._monitor.tail(LAST_LINES),
+            ) from error
+
     def _element(self, script: str) -> str | None:
         return self._owners.get(f"{self._phase.directory}/{script}")
 
-    def end(self, exit_status: int) -> None:
+    def end(self, exit_status: int, killed_hint: str) -> None:
         """Take the status of the whole phase.
+
+        *killed_hint* is what to do about a program that was killed.
 
         Raises:
             ScriptError: naming the script that failed, or environment.d.
@@ -220,10 +241,12 @@ class _PhaseScripts:
         how = f"exit status {failed.exit_status}"
         if failed.signal_name:
             how += f" ({failed.signal_name})"
+        lines = self._monitor.tail(LAST_LINES)
+        killed = failed.signal_name == "SIGKILL" or any(_KILLED.search(line) for line in lines)
         error = ScriptError(
             f"{name} failed with {how} after {failed.seconds:.1f} s",
-            hint=_advice(self._monitor, self._facts, self._phase.where),
-            details=self._monitor.tail(LAST_LINES),
+            hint=_advice(self._monitor, self._facts, self._phase.where, killed_hint if killed else None),
+            details=lines,
         )
         error.script_status = failed.exit_status
         raise error
@@ -242,13 +265,17 @@ def _seconds(text: str) -> float:
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def _advice(monitor: BuildMonitor, facts: Facts, where: Where) -> str:
-    """What to do about the script that failed, as far as its last output tells; and where all of that is."""
+def _advice(monitor: BuildMonitor, facts: Facts, where: Where, killed_hint: str | None = None) -> str:
+    """What to do about the script that failed, as far as its last output tells; and where all of that is.
+
+    *killed_hint*: what to do if it was killed.
+    """
     lines = monitor.tail(_READ_LINES)
     missing = tools_not_found(lines[-LAST_LINES:]) if where is Where.OUTSIDE else []
     found = [f"{problem.message}; {problem.hint}" for problem in missing]
     network = online.advice(lines, facts)
-    return "; ".join([*found, *([network] if network else []), _where(monitor)])
+    reasons = [reason for reason in (killed_hint, network) if reason]
+    return "; ".join([*found, *reasons, _where(monitor)])
 
 
 def _where(monitor: BuildMonitor) -> str:

@@ -27,6 +27,7 @@ from virt_dib.interrupts import shielded
 from virt_dib.jobs import JobResult, Tail, job_text
 from virt_dib.layout import Part
 from virt_dib.namespaces import (
+    NO_MEMORY,
     PROCESS_ENVIRONMENT,
     Ids,
     find_ids,
@@ -150,6 +151,11 @@ class Sandbox:
         self._ids = ids
         self._running = contextlib.ExitStack()
         self._removing: contextlib.ExitStack | None = None
+
+    @property
+    def killed_hint(self) -> str:
+        """See :class:`virt_dib.jobs.Runner`."""
+        return NO_MEMORY
 
     # ---- life ----
 
