@@ -76,6 +76,11 @@ test-full: $(READY) ## builds of elements from elsewhere and with older releases
 test-drop-in: $(READY) ## command lines of disk-image-create, compared with what it makes of them; as root
 	$(BIN)/pytest -m drop_in
 
+COUNT := 50
+.PHONY: soak
+soak: $(READY) ## COUNT small builds with faults, and a look at what each of them leaves
+	@$(BIN)/python tests/soak.py --count $(COUNT) $(ARGS)
+
 .PHONY: bench
 bench: $(READY) ## a small build, timed against the virt-dib of guestfs-tools
 	@$(BIN)/python bench/tiny_build.py

@@ -394,14 +394,13 @@ class Appliance:
         doing = f"copying '{directory}' out of the appliance"
 
         def check() -> None:
-            self._check_host_space()
             if target.exists() and target.stat().st_size > limit_bytes:
                 raise ApplianceError(
                     f"{doing}: it holds more than {limit_bytes} bytes", hint="an element left it there"
                 )
 
         inside = self._on_build_disk(directory)
-        self._call(doing, self._handle.tar_out, inside, str(target), meanwhile=check)
+        self._call(doing, self._handle.tar_out, inside, str(target), timeout_s=None, meanwhile=check)
 
     def download(self, path: str, target: Path) -> None:
         """Copy the file *path* of the build disk to the host.
@@ -411,7 +410,7 @@ class Appliance:
         """
         doing = f"copying '{path}' out of the appliance"
         inside = self._on_build_disk(path)
-        self._call(doing, self._handle.download, inside, str(target), meanwhile=self._check_host_space)
+        self._call(doing, self._handle.download, inside, str(target), timeout_s=None)
 
     def upload(self, source: Path, path: str) -> None:
         """Copy a file of the host to *path* on the build disk.
@@ -421,7 +420,7 @@ class Appliance:
         """
         inside = self._on_build_disk(path)
         doing = f"copying '{path}' into the appliance"
-        self._call(doing, self._handle.upload, str(source), inside, meanwhile=self._check_host_space)
+        self._call(doing, self._handle.upload, str(source), inside, timeout_s=None)
 
     # ---- inside ----
 
@@ -518,21 +517,26 @@ class Appliance:
         doing: str,
         function: Callable[..., _T],
         *arguments: object,
-        timeout_s: float = _REPLY_TIMEOUT_S,
+        timeout_s: float | None = _REPLY_TIMEOUT_S,
         meanwhile: Callable[[], None] | None = None,
     ) -> _T:
-        """Call libguestfs. With *meanwhile*, called again and again, there is no limit of time."""
+        """Call libguestfs; *meanwhile* is called again and again."""
         return self._result(self._caller.submit(function, *arguments), doing, timeout_s, meanwhile)
 
     def _result(
         self,
         future: concurrent.futures.Future[_T],
         doing: str,
-        timeout_s: float,
+        timeout_s: float | None,
         meanwhile: Callable[[], None] | None,
     ) -> _T:
+        def check() -> None:
+            self._check_host_space()
+            if meanwhile is not None:
+                meanwhile()
+
         try:
-            _wait(future, doing, timeout_s, meanwhile)
+            _wait(future, doing, timeout_s, check)
             return future.result()
         except RuntimeError as error:
             if self._is_dead():
@@ -658,15 +662,14 @@ def _alive_command(pid: str) -> str:
 
 
 def _wait(
-    future: concurrent.futures.Future[_T], doing: str, timeout_s: float, meanwhile: Callable[[], None] | None
+    future: concurrent.futures.Future[_T], doing: str, timeout_s: float | None, meanwhile: Callable[[], None]
 ) -> None:
     """Wait in slices: a signal that comes just before a thread begins to wait does not wake it."""
-    until = time.monotonic() + timeout_s
+    begun_s = time.monotonic()
     while not concurrent.futures.wait([future], CHECK_INTERVAL_S).done:
         check_cancelled()
-        if meanwhile is not None:
-            meanwhile()
-        elif time.monotonic() > until:
+        meanwhile()
+        if timeout_s is not None and time.monotonic() > begun_s + timeout_s:
             raise _NoAnswerError(
                 f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
             )
