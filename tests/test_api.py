@@ -340,6 +340,46 @@ def check_failure(told: Sequence[api.Event]) -> None:
         assert isinstance(event, (api.Output, api.EnvironmentSourced)) or api.event_json(event)
 
 
+# Every third one fails. The first three may load what stays loaded.
+MANY = """
+import gc, os, sys, threading
+from pathlib import Path
+from virt_dib import api
+
+def state():
+    gc.collect()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(os.listdir(os.environ["TMPDIR"])), resident
+
+isolations = [api.Isolation.SANDBOX, api.Isolation.VM]
+for number in range(10):
+    size = 1 << 20 if number % 3 == 2 else 200 << 20
+    spec = api.BuildSpec(
+        name="many", elements=("tiny-os",), element_paths=(Path("elements"),), output_dir=Path("out"), skip_base=True,
+        formats=("raw",), size_bytes=size,
+    )
+    try:
+        api.build_image(spec, options=api.RunOptions(isolation=isolations[number % 2]))
+        outcome = "built"
+    except api.VirtDibError:
+        outcome = "failed"
+    print(outcome, *state(), flush=True)
+"""
+
+
+@pytest.mark.full
+def test_ten_builds_in_one_process_leave_nothing_in_it(place: Path, temporary: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    result = tools.run([sys.executable, "-c", MANY], doing="building", cwd=place, environment=environment)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == (["built", "built", "failed"] * 4)[:10]
+    states = [[int(word) for word in line[1:]] for line in lines]
+    assert {tuple(state[:3]) for state in states[2:]} == {tuple(states[2][:3])}
+    assert states[2][2] == 0
+    assert states[-1][3] - states[2][3] < 10 << 20
+    assert processes_of(temporary) == []
+
+
 @pytest.mark.appliance
 def test_what_a_listener_raises_ends_a_build_that_runs(place: Path, temporary: Path) -> None:
     def listen(event: api.Event) -> None:
