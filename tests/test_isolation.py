@@ -276,9 +276,10 @@ def test_interrupting_ends_what_writes_the_files(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
 @pytest.mark.parametrize("phase", list(Phase))
-@pytest.mark.parametrize("isolation", ["vm", "sandbox"])
+@pytest.mark.parametrize(
+    ("isolation", "number"), [("vm", signal.SIGTERM), ("sandbox", signal.SIGKILL)], ids=["vm-TERM", "sandbox-KILL"]
+)
 def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
     element_dir: Path, output_dir: Path, tmp_path: Path, isolation: str, phase: Phase, number: signal.Signals
 ) -> None:
