@@ -25,8 +25,16 @@ from virt_dib.image_file import ImageRequest
 from virt_dib.interrupts import shielded
 from virt_dib.plain_text import Sanitiser, one_line, write_out
 
-COMMAND = (sys.executable, *(("-P",) if sys.version_info >= (3, 11) else ()), "-m", "virt_dib.dib_cli")
-"""What builds one image. -P: a file of the working directory is never taken for a module."""
+_MODULE = "virt_dib.dib_cli"
+_OLD_START = f"import sys; del sys.path[0]; import runpy; runpy.run_module('{_MODULE}', run_name='__main__')"
+
+
+def start_command(python_version: tuple[int, ...]) -> tuple[str, ...]:
+    """What builds one image. A file of the working directory is never taken for a module."""
+    return (sys.executable, *(("-P", "-m", _MODULE) if python_version >= (3, 11) else ("-c", _OLD_START)))
+
+
+COMMAND = start_command(sys.version_info[:2])
 AS_RAMDISK = "--virt-dib-as=ramdisk-image-create"
 """The first argument of a ramdisk's build."""
 MEMORY_VARIABLE, CPUS_VARIABLE = "VIRT_DIB_MEMSIZE", "VIRT_DIB_SMP"

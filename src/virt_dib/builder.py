@@ -460,15 +460,22 @@ class _Build:
         return stack.enter_context(open_appliance(self._settings(verdict, self._program(stack), early)))
 
     def _program(self, stack: contextlib.ExitStack) -> Path | None:
-        """A qemu in a network of its own, where the appliance has a network and that is possible."""
+        """A qemu without the user's environment, and in a network of its own where the appliance has a network.
+
+        None where that cannot be: libguestfs starts the one that it would take.
+        """
         program = tools.find(f"qemu-system-{platform.machine()}")
         own_choice = "LIBGUESTFS_HV" in os.environ or os.environ.get("LIBGUESTFS_BACKEND", "direct") != "direct"
-        if not self._plan.spec.network or program is None or own_choice:
+        if program is None or own_choice:
             return None
         try:
-            return stack.enter_context(network.detached_program(program, self._workspace))
+            if self._plan.spec.network:
+                return stack.enter_context(network.detached_program(program, self._workspace))
         except (ApplianceError, PrerequisiteError, ToolError) as error:
             self._monitor.warning(f"the appliance can reach services on this host's loopback, at 169.254.2.2: {error}")
+        try:
+            return network.bare_program(program, self._workspace)
+        except ToolError:
             return None
 
     def _settings(self, verdict: Verdict, program: Path | None, early: Disk | None) -> Settings:

@@ -130,7 +130,7 @@ class Staging:
             with self._copying(module, ToolError, "make it readable, or install diskimage-builder again"):
                 self._copy(module, site / module.name, leave_out=("__pycache__", "tests", "elements", "*.so"))
         tools.run(
-            [compiled_by, "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", site],
+            [compiled_by, "-I", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", site],
             doing="compiling DIB's Python modules",
             check=False,
         )
