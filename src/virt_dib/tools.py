@@ -110,12 +110,13 @@ def started(
     stdout: int = subprocess.PIPE,
     stderr: int = subprocess.PIPE,
     cwd: Path | None = None,
+    umask: int = -1,
 ) -> Iterator[Process]:
     """Start *command* in a process group of its own; nothing of that group outlives the block.
 
     A group of its own: Ctrl-C on the terminal reaches virt-dib alone, which then stops the group.
     A program without a path is found by :func:`find`. *environment* is all that it gets; not given, that is
-    :func:`host_environment`.
+    :func:`host_environment`. *umask* is the user's unless given.
 
     Raises:
         ToolError: the program cannot be started.
@@ -130,6 +131,7 @@ def started(
             executable=_executable(arguments[0]),
             env=host_environment() if environment is None else dict(environment),
             cwd=cwd,
+            umask=umask,
             start_new_session=True,
         )
     except OSError as error:
@@ -168,6 +170,7 @@ def run(
     doing: str,
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    umask: int = -1,
     stdin: bytes | None = None,
     timeout_s: float | None = None,
     check: bool = True,
@@ -181,7 +184,10 @@ def run(
             False) ends with another status than 0.
     """
     program = Path(os.fspath(command[0])).name
-    with _input(stdin) as source, started(command, environment=environment, cwd=cwd, stdin=source) as process:
+    with (
+        _input(stdin) as source,
+        started(command, environment=environment, cwd=cwd, umask=umask, stdin=source) as process,
+    ):
         try:
             out, err = _communicate(process, timeout_s)
         except subprocess.TimeoutExpired as error:
