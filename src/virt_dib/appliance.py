@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import os
 import platform
+import re
 import secrets
 import shlex
 import signal
@@ -64,6 +65,7 @@ _DRIVE_HINTS = {
 }
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
+_JOB_WRITTEN = re.compile(r"""(\bwrite "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -572,7 +574,7 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         handle.set_trace(settings.trace)
         handle.set_verbose(settings.verbose)
         handle.set_event_callback(
-            lambda event, _handle, text, _array: report(prefixes.get(event, "") + text.rstrip("\n")),
+            lambda event, _handle, text, _array: report(prefixes.get(event, "") + _without_job(text.rstrip("\n"))),
             guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
         )
     for disk in [*settings.disks, *([settings.early_disk] if settings.early_disk else [])]:
@@ -582,6 +584,11 @@ def _handle(settings: Settings) -> guestfs.GuestFS:
         # It outlives the build: what the guest has been told is on the disk must be there.
         handle.add_drive_opts(str(drive.path), format=drive.format, label=drive.label, cachemode="writeback")
     return handle
+
+
+def _without_job(text: str) -> str:
+    """A call as libguestfs tells it, without what is in the file of a job: all variables of the scripts."""
+    return _JOB_WRITTEN.sub(r'\1 "..."', text)
 
 
 def _alive_command(pid: str) -> str:

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TextIO
 
-from virt_dib import configuration, tools
+from virt_dib import configuration, masking, tools
 from virt_dib.errors import Interrupted, Problem, ToolError
 from virt_dib.image_file import ImageRequest
 from virt_dib.interrupts import shielded
@@ -125,8 +125,8 @@ def run(
 
 
 def shown(request: ImageRequest, command: Sequence[str] = COMMAND) -> str:
-    """The command of the build with its variables, for a shell."""
-    variables = request.environment.items()
+    """The command of the build with its variables, for a shell, but for secrets."""
+    variables = [(name, masking.shown(name, value)) for name, value in request.environment.items()]
     words = [f"{name}={quoted(value)}" for name, value in variables]
     if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name, _ in variables):
         # A shell would take it for the name of a program.

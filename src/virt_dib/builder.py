@@ -45,6 +45,7 @@ from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
 from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
+from virt_dib.masking import Mask
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import Outputs, open_outputs
 from virt_dib.phases import LAST_LINES, Phases
@@ -174,7 +175,11 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
     tools.require_working_directory()
-    with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
+    with (
+        _masked_errors(spec),
+        open_workspace(options.temporary_dir) as workspace,
+        _host_errors(workspace, spec.output_dir),
+    ):
         plan = _plan(spec, workspace, problems, options)
         return ImagePlan(
             elements={element.name: element.path for element in plan.elements},
@@ -190,6 +195,16 @@ def _plan(spec: BuildSpec, workspace: Path, problems: Sequence[Problem], options
         # Nothing to plan with, and the plan would only say so again.
         raise UsageError.of(problems or [Problem("no element named", "name at least an operating system")])
     return make_plan(spec, workspace, problems, in_sandbox=options.isolation is Isolation.SANDBOX)
+
+
+@contextlib.contextmanager
+def _masked_errors(spec: BuildSpec) -> Iterator[None]:
+    """As the monitor of a build does."""
+    try:
+        yield
+    except VirtDibError as error:
+        error.rewrite(Mask({**os.environ, **spec.variables}))
+        raise
 
 
 @contextlib.contextmanager
