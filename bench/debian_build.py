@@ -74,7 +74,7 @@ class Side:
 
 def mirrors() -> dict[str, str]:
     """The release and the archives, as variables of DIB's."""
-    found = tools.run([_MIRRORS], doing="looking for mirrors").stdout
+    found = tools.run([_MIRRORS], doing="looking for mirrors", environment=os.environ).stdout
     return {name: value for name, _, value in (line.partition("=") for line in found.splitlines()) if name}
 
 

@@ -97,6 +97,7 @@ def old_library(scratch: Path, given: Path | None) -> Path:
     tools.run(
         [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", scratch, _OLD_DIB],
         doing="fetching DIB 1.28.0",
+        environment=os.environ,
     )
     archive = next(scratch.glob("diskimage*1.28.0.tar.gz"))
     with tarfile.open(archive) as tar:

@@ -49,6 +49,7 @@ _ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "translated": ((0,), ()),
     "error": ((0,), ()),
     "Verdict": ((), ("reason",)),
+    "Danger": ((1,), ()),
     "_Unusable": ((0,), ()),
     "_Tool": ((1,), ()),
     "require": ((), ("purpose",)),

@@ -51,6 +51,7 @@ def release(version: str) -> Release:
             tools.run(
                 [*command, "--target", partial, "--only-binary=:all:", f"diskimage-builder=={version}"],
                 doing=f"downloading diskimage-builder {version}",
+                environment=os.environ,
                 timeout_s=_DOWNLOAD_TIMEOUT_S,
             )
         except ToolError as error:

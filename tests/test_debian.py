@@ -42,7 +42,7 @@ def as_ordinary_user(directory: Path, isolation: str) -> list[str]:
 
 def mirrors() -> list[str]:
     """``--envvar`` options for the machine's own mirrors."""
-    found = tools.run([TESTS.parent / "scripts" / "mirrors"], doing="looking for mirrors").stdout
+    found = tools.run([TESTS.parent / "scripts/mirrors"], doing="looking for mirrors", environment=os.environ).stdout
     return [word for line in found.splitlines() if line for word in ("--envvar", line)]
 
 

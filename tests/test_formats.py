@@ -283,20 +283,71 @@ def test_checksums_of_files_of_any_name(disk: Path, tmp_path: Path, name: str) -
         tools.run([f"{kind}sum", "-c", "--strict", f"{name}.raw.{kind}"], doing="checking", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("left", [set(), {".x.raw.mark.partial", ".x.qcow2.mark.partial"}], ids=["go", "stay"])
-def test_what_a_build_has_written_that_fails(disk: Path, tmp_path: Path, left: set[str]) -> None:
+@pytest.mark.parametrize("left", [[], ["qcow2", "raw"]], ids=["go", "stay"])
+def test_what_a_build_has_written_that_fails(disk: Path, tmp_path: Path, left: list[str]) -> None:
     spec = dataclasses.replace(asking(delete_on_failure=not left), name="x", output_dir=tmp_path)
     workspace = tmp_path / "virt-dib-mark"
     workspace.mkdir()
-    before = {path.name for path in tmp_path.iterdir()}
+    before = set(tmp_path.iterdir())
     with contextlib.suppress(ToolError), open_outputs(spec, workspace) as outputs:
         outputs.convert(formats.select(["raw", "qcow2"]), formats.Sources(disk=disk, archive=None))
         raise ToolError("what comes after it failed")
-    assert {path.name for path in tmp_path.iterdir()} - before == left
-    for name in left:
-        image_format = name.split(".")[2]
-        words: list[str | Path] = [qemu_img(), "compare", "-f", "raw", "-F", image_format, disk, tmp_path / name]
+    found = sorted(set(tmp_path.iterdir()) - before)
+    assert [path.name.split(".")[1:3] + path.name.split(".")[4:] for path in found] == [
+        ["x", kind, "partial"] for kind in left
+    ]
+    for path, image_format in zip(found, left, strict=True):
+        words: list[str | Path] = [qemu_img(), "compare", "-f", "raw", "-F", image_format, disk, path]
         tools.run(words, doing="comparing")
+
+
+ALL_FILES = ("qcow2", "raw", "vhd", "vhdx", "vmdk", "vdi", "tar", "tgz", "squashfs", "oci")
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027, 0o077])
+def test_output_files_have_the_users_umask(disk: Path, tmp_path: Path, umask: int) -> None:
+    archive = archive_of([("./", None), ("./a", b"text")], tmp_path / "archive")
+    # As the one that a build makes.
+    archive.chmod(0o666 & ~umask)
+    (tmp_path / "workspace").mkdir()
+    spec = dataclasses.replace(asking(checksums=("md5",)), name="x", output_dir=tmp_path)
+    before = os.umask(umask)
+    try:
+        with open_outputs(spec, tmp_path / "workspace") as outputs:
+            outputs.convert(formats.select(ALL_FILES), formats.Sources(disk=disk, archive=archive))
+            outputs.sum()
+            made = outputs.publish()
+    finally:
+        os.umask(before)
+    assert len(made) == 2 * len(ALL_FILES)
+    modes = {artifact.path.name: stat.S_IMODE(artifact.path.stat().st_mode) for artifact in made}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert (tmp_path / "x.tar").samefile(archive)
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_no_file_of_another_user_is_written_to(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Who can write to the output directory cannot know the names; and if they could, their links are not followed."""
+    (tmp_path / "precious").write_text("mine")
+    archive = archive_of([("./", None), ("./a", b"text")], tmp_path / "archive")
+    workspace = tmp_path / "virt-dib-mark"
+    workspace.mkdir()
+    spec = dataclasses.replace(asking(), name="x", output_dir=tmp_path)
+    (output,) = formats.select([name])
+    final = formats.file_name(spec, output)
+    (tmp_path / f".{final}.mark.partial").symlink_to(tmp_path / "precious")
+    sources = formats.Sources(disk=disk, archive=archive)
+    with open_outputs(spec, workspace) as outputs:
+        outputs.convert([output], sources)
+        outputs.publish()
+    assert (tmp_path / final).stat().st_size > 0
+    monkeypatch.setattr("virt_dib.outputs._mark", lambda: "mark")
+    with pytest.raises(FileExistsError), open_outputs(spec, workspace) as outputs:
+        outputs.convert([output], sources)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / f".{final}.mark.partial").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -320,7 +371,7 @@ def test_docker_is_asked_first(containers: Mapping[str, str], tmp_path: Path, mo
     assert first.name == "podman"
     podman_path = tools.require("podman", purpose="run the tests", package="podman")
     service: list[str | Path] = [podman_path, "system", "service", "--time", "0", containers["DOCKER_HOST"]]
-    with tools.started(service):
+    with tools.started(service, environment=os.environ):
         socket = Path(containers["DOCKER_HOST"].removeprefix("unix://"))
         until = time.monotonic() + 60
         while not socket.exists() and time.monotonic() < until:

@@ -80,16 +80,16 @@ def proxy() -> Iterator[str]:
 def package_index() -> str:
     """The one that pip uses on this machine."""
     command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    asked = tools.run(command, doing="asking pip", check=False)
+    asked = tools.run(command, doing="asking pip", environment=os.environ, check=False)
     if asked.exit_status != 0:
         default = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
-        asked = tools.run([sys.executable, "-c", default], doing="asking pip")
+        asked = tools.run([sys.executable, "-c", default], doing="asking pip", environment=os.environ)
     return asked.stdout.strip().rstrip("/")
 
 
 def archive() -> tuple[str, str]:
     """Debian's release and archive of this machine."""
-    found = tools.run([TESTS.parent / "scripts" / "mirrors"], doing="looking for mirrors").stdout
+    found = tools.run([TESTS.parent / "scripts/mirrors"], doing="looking for mirrors", environment=os.environ).stdout
     values = dict(line.split("=", 1) for line in found.splitlines())
     if "DIB_DISTRIBUTION_MIRROR" not in values:
         pytest.skip("this machine knows no archive of Debian")
@@ -98,7 +98,7 @@ def archive() -> tuple[str, str]:
 
 def answers(url: str) -> bool:
     command = ["curl", "--fail", "--silent", "--location", "--output", "/dev/null", "--max-time", "60", url]
-    return tools.run(command, doing="trying the network", check=False).exit_status == 0
+    return tools.run(command, doing="trying the network", environment=os.environ, check=False).exit_status == 0
 
 
 @pytest.fixture(scope="module")

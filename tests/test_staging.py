@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers import TESTS, files_in_image, make_element
-from virt_dib import staging, tools
+from virt_dib import hooks, staging, tools
 from virt_dib.elements import Element, discover
 from virt_dib.errors import ApplianceError, ElementError, ToolError, UsageError
 from virt_dib.staging import HostFile, Staging, copy_out, remove_tree, wanted_host_files
@@ -46,6 +46,32 @@ def as_ordinary_user() -> tuple[str, ...]:
 
 
 # ---- elements and modules ----
+
+
+def test_the_umask_of_the_user_makes_no_difference_to_the_guest(tmp_path: Path) -> None:
+    make_element(tmp_path / "elements", "one", {"install.d/50-x": "#!/bin/bash\n", "deep/er/file": "text"})
+    elements = list(discover([tmp_path / "elements"]).values())
+    (tmp_path / "module.py").write_text("")
+    (tmp_path / "host-file").write_text("")
+    seen = []
+    for umask in (0o022, 0o077, 0o000):
+        before = os.umask(umask)
+        try:
+            made = Staging(tmp_path / f"staging-{umask}")
+            made.add_guest_scripts()
+            made.add_modules([tmp_path / "module.py"], Path(sys.executable))
+            made.add_prefix(tmp_path / "elements", [tmp_path / "module.py"], "/nowhere")
+            made.add_elements(elements, [tmp_path / "elements"])
+            hooks.compose(elements, made.hooks_dir, excluded_scripts=frozenset())
+            made.add_host_file(HostFile(source=tmp_path / "host-file", inside="/a/b/c", wanted_by="a test"))
+            made.write("guest/rules.sh", "")
+            made.finish()
+        finally:
+            os.umask(before)
+        paths = [made.directory, *made.directory.rglob("*")]
+        seen.append({path.relative_to(made.directory): stat.filemode(path.lstat().st_mode) for path in paths})
+    assert Path("site/__pycache__") in seen[0]
+    assert seen == [seen[0]] * 3
 
 
 def test_an_element_is_copied_as_it_is(tmp_path: Path, content: Staging) -> None:

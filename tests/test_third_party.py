@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,7 @@ def installed(package: str, prefix: Path) -> Path:
         prefix,
         package,
     ]
-    tools.run(command, doing=f"installing {package}")
+    tools.run(command, doing=f"installing {package}", environment=os.environ)
     return prefix / REPOSITORIES[package]
 
 

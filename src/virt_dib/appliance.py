@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import os
 import platform
+import re
 import secrets
 import shlex
 import signal
@@ -65,6 +66,7 @@ _DRIVE_HINTS = {
 }
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
+_JOB_WRITTEN = re.compile(r"""(\bwrite "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -635,7 +637,7 @@ def _report(handle: guestfs.GuestFS, settings: Settings) -> None:
     handle.set_trace(settings.trace)
     handle.set_verbose(settings.verbose)
     handle.set_event_callback(
-        lambda event, _handle, text, _array: report(prefixes.get(event, "") + text.rstrip("\n")),
+        lambda event, _handle, text, _array: report(prefixes.get(event, "") + _without_job(text.rstrip("\n"))),
         guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
     )
 
@@ -655,6 +657,11 @@ def _socket_directories() -> set[Path]:
     lines = (line.split(maxsplit=7) for line in Path("/proc/self/net/unix").read_text(errors="replace").splitlines())
     paths = (Path(words[7]) for words in lines if len(words) == _UNIX_WORDS and words[6] in ours)
     return {path.parent for path in paths if path.parent.name.startswith("libguestfs")}
+
+
+def _without_job(text: str) -> str:
+    """A call as libguestfs tells it, without what is in the file of a job: all variables of the scripts."""
+    return _JOB_WRITTEN.sub(r'\1 "..."', text)
 
 
 def _alive_command(pid: str) -> str:

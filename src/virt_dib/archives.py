@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -199,13 +200,29 @@ class Engine:
             platform = ["--quiet", "--os", "linux", "--arch", architecture]
             platform += ["--variant", variant] if variant else []
         doing = f"importing the image to {self.name}"
-        said = tools.run([*self.command, "import", *platform, archive], doing=doing).stdout.split()
+        said = self._run("import", *platform, archive, doing=doing).split()
         if not said or not _IMAGE_ID.fullmatch(said[-1]):
             raise ToolError(
                 f"{doing}: it gives no image, but says {' '.join(said)[-200:]!r}",
                 hint=f"see whether {' '.join(self.command)} import works by itself",
             )
         return Imported(engine=self, image_id=said[-1])
+
+    def tag(self, image_id: str, target: str) -> None:
+        """Give an image a name.
+
+        Raises:
+            ToolError: the engine refuses it.
+        """
+        self._run("tag", image_id, target, doing=f"naming the image '{target}'")
+
+    def remove(self, image_id: str) -> None:
+        """Forget an image."""
+        self._run("rmi", image_id, doing="removing the imported image", check=False)
+
+    def _run(self, *words: str | Path, doing: str, check: bool = True) -> str:
+        # As the user calls it: variables say where it is.
+        return tools.run([*self.command, *words], doing=doing, environment=os.environ, check=check).stdout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,11 +238,11 @@ class Imported:
         Raises:
             ToolError: the engine refuses it.
         """
-        tools.run([*self.engine.command, "tag", self.image_id, target], doing=f"naming the image '{target}'")
+        self.engine.tag(self.image_id, target)
 
     def remove(self) -> None:
         """Have the engine forget it."""
-        tools.run([*self.engine.command, "rmi", self.image_id], doing="removing the imported image", check=False)
+        self.engine.remove(self.image_id)
 
 
 def find_engine() -> Engine | None:
@@ -241,7 +258,13 @@ def find_engine() -> Engine | None:
         candidates.append(("podman", [str(podman)], ["info"]))
     for name, command, question in candidates:
         with contextlib.suppress(ToolError):  # it hangs
-            asked = tools.run([*command, *question], doing=f"asking {name}", timeout_s=_ENGINE_TIMEOUT_S, check=False)
+            asked = tools.run(
+                [*command, *question],
+                doing=f"asking {name}",
+                environment=os.environ,
+                timeout_s=_ENGINE_TIMEOUT_S,
+                check=False,
+            )
             if asked.exit_status == 0:
                 return Engine(name=name, command=tuple(command))
     return None

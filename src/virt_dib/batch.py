@@ -19,14 +19,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TextIO
 
-from virt_dib import configuration, tools
+from virt_dib import configuration, masking, tools
 from virt_dib.errors import Interrupted, Problem, ToolError
 from virt_dib.image_file import ImageRequest
 from virt_dib.interrupts import shielded
 from virt_dib.plain_text import Sanitiser, one_line, write_out
 
-COMMAND = (sys.executable, *(("-P",) if sys.version_info >= (3, 11) else ()), "-m", "virt_dib.dib_cli")
-"""What builds one image. -P: a file of the working directory is never taken for a module."""
+_MODULE = "virt_dib.dib_cli"
+_OLD_START = f"import sys; del sys.path[0]; import runpy; runpy.run_module('{_MODULE}', run_name='__main__')"
+
+
+def start_command(python_version: tuple[int, ...]) -> tuple[str, ...]:
+    """What builds one image. A file of the working directory is never taken for a module."""
+    return (sys.executable, *(("-P", "-m", _MODULE) if python_version >= (3, 11) else ("-c", _OLD_START)))
+
+
+COMMAND = start_command(sys.version_info[:2])
 AS_RAMDISK = "--virt-dib-as=ramdisk-image-create"
 """The first argument of a ramdisk's build."""
 MEMORY_VARIABLE, CPUS_VARIABLE = "VIRT_DIB_MEMSIZE", "VIRT_DIB_SMP"
@@ -117,8 +125,8 @@ def run(
 
 
 def shown(request: ImageRequest, command: Sequence[str] = COMMAND) -> str:
-    """The command of the build with its variables, for a shell."""
-    variables = request.environment.items()
+    """The command of the build with its variables, for a shell, but for secrets."""
+    variables = [(name, masking.shown(name, value)) for name, value in request.environment.items()]
     words = [f"{name}={quoted(value)}" for name, value in variables]
     if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name, _ in variables):
         # A shell would take it for the name of a program.

@@ -360,7 +360,7 @@ def _watch(
 ) -> tuple[bool, str]:
     """Start the virtual machine and follow its console; return whether it came up, and the reason."""
     until_s = time.monotonic() + timeout_s
-    with tools.started(command, environment={**os.environ, "TMPDIR": str(directory)}) as process:
+    with tools.started(command, environment=tools.host_environment({"TMPDIR": str(directory)})) as process:
         for data in kvm.read_console(process.stdout, until_s=until_s):
             console.feed(data)
             if console.outcome is not None:

@@ -45,6 +45,7 @@ from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
 from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
+from virt_dib.masking import Mask
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import Outputs, open_outputs
 from virt_dib.phases import LAST_LINES, Phases
@@ -174,7 +175,11 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
         VirtDibError: all that would keep it from being built, as far as it can be known before.
     """
     tools.require_working_directory()
-    with open_workspace(options.temporary_dir) as workspace, _host_errors(workspace, spec.output_dir):
+    with (
+        _masked_errors(spec),
+        open_workspace(options.temporary_dir) as workspace,
+        _host_errors(workspace, spec.output_dir),
+    ):
         plan = _plan(spec, workspace, problems, options)
         return ImagePlan(
             elements={element.name: element.path for element in plan.elements},
@@ -190,6 +195,16 @@ def _plan(spec: BuildSpec, workspace: Path, problems: Sequence[Problem], options
         # Nothing to plan with, and the plan would only say so again.
         raise UsageError.of(problems or [Problem("no element named", "name at least an operating system")])
     return make_plan(spec, workspace, problems, in_sandbox=options.isolation is Isolation.SANDBOX)
+
+
+@contextlib.contextmanager
+def _masked_errors(spec: BuildSpec) -> Iterator[None]:
+    """As the monitor of a build does."""
+    try:
+        yield
+    except VirtDibError as error:
+        error.rewrite(Mask({**os.environ, **spec.variables}))
+        raise
 
 
 @contextlib.contextmanager
@@ -460,15 +475,22 @@ class _Build:
         return stack.enter_context(open_appliance(self._settings(verdict, self._program(stack), early)))
 
     def _program(self, stack: contextlib.ExitStack) -> Path | None:
-        """A qemu in a network of its own, where the appliance has a network and that is possible."""
+        """A qemu without the user's environment, and in a network of its own where the appliance has a network.
+
+        None where that cannot be: libguestfs starts the one that it would take.
+        """
         program = tools.find(f"qemu-system-{platform.machine()}")
         own_choice = "LIBGUESTFS_HV" in os.environ or os.environ.get("LIBGUESTFS_BACKEND", "direct") != "direct"
-        if not self._plan.spec.network or program is None or own_choice:
+        if program is None or own_choice:
             return None
         try:
-            return stack.enter_context(network.detached_program(program, self._workspace))
+            if self._plan.spec.network:
+                return stack.enter_context(network.detached_program(program, self._workspace))
         except (ApplianceError, PrerequisiteError, ToolError) as error:
             self._monitor.warning(f"the appliance can reach services on this host's loopback, at 169.254.2.2: {error}")
+        try:
+            return network.bare_program(program, self._workspace)
+        except ToolError:
             return None
 
     def _settings(self, verdict: Verdict, program: Path | None, early: Disk | None) -> Settings:

@@ -13,6 +13,7 @@ from virt_dib.errors import Interrupted, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
 from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
+from virt_dib.masking import Mask
 from virt_dib.monitor import Display, summary
 from virt_dib.options import PROG
 from virt_dib.plain_text import one_line, printable, write_out
@@ -22,6 +23,8 @@ from virt_dib.translation import translated
 
 _RED = "31;1"
 _INDENT = 4
+_MASK = Mask({})
+"""For errors from before a build; what a build has raised, it has looked through itself."""
 
 
 def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) -> int:
@@ -32,7 +35,7 @@ def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) 
         for problem in error.problems:
             _complain(style, f"{prog}: {translated('error')}: {one_line(translated(problem.message))}", _RED)
             for line in problem.details:
-                write_out(sys.stderr, f"    {printable(line)}\n")
+                write_out(sys.stderr, f"    {printable(_MASK(line))}\n")
             if problem.hint:
                 _complain(style, f"{prog}: {translated('hint')}: {one_line(translated(problem.hint))}", None)
         return error.exit_status
@@ -42,7 +45,7 @@ def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) 
 
 
 def _complain(style: Style, text: str, colour: str | None) -> None:
-    write_out(sys.stderr, style.laid_out(printable(text), sys.stderr, indent=_INDENT, colour=colour) + "\n")
+    write_out(sys.stderr, style.laid_out(printable(_MASK(text)), sys.stderr, indent=_INDENT, colour=colour) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

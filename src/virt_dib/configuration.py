@@ -9,18 +9,15 @@ give, and from then on a value is checked as one of the command line is.
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import re
 import shlex
-import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from virt_dib import kvm
+from virt_dib import kvm, ownership
 from virt_dib.errors import Problem, UsageError
 from virt_dib.options import BY_NAME, GROUPS, OFFERS, PROG, Given, Offer, Takes, closest
 from virt_dib.plain_text import printable
@@ -313,26 +310,16 @@ def _require_trust(file: Path, state: os.stat_result) -> None:
 
     What the user names is the user's choice.
     """
-    if state.st_uid not in (0, os.geteuid()):
+    if ownership.is_foreign(state):
         raise UsageError(
             f"cannot trust the configuration file '{file}': it belongs to another user",
             hint=f"take it over (chown), {_NAME_IT_HINT}",
         )
-    shared = state.st_mode & stat.S_IWGRP and not _is_private(state.st_gid, state.st_uid)
-    if state.st_mode & stat.S_IWOTH or shared:
+    if ownership.others_can_write(file, state):
         raise UsageError(
             f"cannot trust the configuration file '{file}': others can write to it",
             hint=f"chmod go-w {shlex.quote(str(file))}; {_NAME_IT_HINT}",
         )
-
-
-def _is_private(gid: int, uid: int) -> bool:
-    """Whether a group is the user's own, as many distributions make one, and then files that it may write."""
-    try:
-        group, user = grp.getgrgid(gid), pwd.getpwuid(uid)
-    except KeyError:
-        return False
-    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _parse(file: Path, text: str) -> Mapping[str, object]:

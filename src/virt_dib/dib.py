@@ -31,11 +31,13 @@ _WANTED = ("pbr", "six", "decorator", "importlib_metadata", "zipp")
 """Taken along where installed: DIB's version imports pbr, older releases of DIB, stevedore and networkx the others."""
 
 # Runs in DIB's interpreter, which may be as old as Python 3.8. Only the package's metadata directory names
-# its plugins, and the private attribute is the one way to it that works for .egg-info too.
+# its plugins, and the private attribute is the one way to it that works for .egg-info too. Nothing is imported
+# while the working directory is searched: a json.py may lie there.
 _QUESTION = """
-import importlib.metadata, importlib.util, json, os, sys
+import sys
 site, distribution, *names = sys.argv[1:]
 sys.path[:] = ([site] if site else []) + [entry for entry in sys.path if entry]
+import importlib.metadata, importlib.util, json, os
 answer = {"modules": {}, "metadata": None}
 for name in names:
     spec = importlib.util.find_spec(name)
@@ -223,6 +225,8 @@ def _ask(python: Path, site: Path | None) -> Mapping[str, Any]:
         result = tools.run(
             [python, "-c", _QUESTION, site or "", _DISTRIBUTION, *_NEEDED, *_WANTED],
             doing=f"asking '{python}' for the modules of diskimage-builder",
+            # The user's own Python, which the user's variables lead to its modules.
+            environment=os.environ,
             timeout_s=_QUESTION_TIMEOUT_S,
         )
     except ToolError as error:

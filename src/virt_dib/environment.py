@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from virt_dib import masking
 from virt_dib.elements import Element
 from virt_dib.releases import NEWEST, DiskMaker, PythonName, Rules
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, Phase, Where
@@ -125,9 +126,20 @@ def _always(text: str) -> Callable[[Facts, Phase], str]:
 
 
 def _dib_env(facts: Facts, _phase: Phase) -> str:
-    own = {"DIB_ARGS": " ".join(facts.spec.arguments), "DIB_PYTHON_EXEC": facts.python}
+    own = {"DIB_ARGS": _dib_args(facts, _phase), "DIB_PYTHON_EXEC": facts.python}
     kept = {name: value for name, value in own.items() if name not in facts.rules.absent}
-    return declarations({**facts.spec.variables, **kept})
+    # DIB's element 'manifests' writes both into the image.
+    return declarations({name: masking.shown(name, value) for name, value in {**facts.spec.variables, **kept}.items()})
+
+
+def _dib_args(facts: Facts, _phase: Phase) -> str:
+    """The command line, without the secrets that disk-image-create gets by its environment and does not have there."""
+    words = []
+    for word in facts.spec.arguments:
+        option = "--envvar=" if word.startswith("--envvar=") else ""
+        name, equals, value = word.removeprefix(option).partition("=")
+        words.append(f"{option}{name}={masking.shown(name, value)}" if equals else word)
+    return " ".join(words)
 
 
 def _makes_ramdisk(facts: Facts) -> bool:
@@ -250,7 +262,7 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("DIB_PYTHON_EXEC", lambda facts, _: facts.python),
     _Variable("DIB_PYTHON_EXEC_TMP", _always(PROGRAMS)),
     _Variable("DIB_ORIGINAL_PATH", _always(SYSTEM_PATH)),
-    _Variable("DIB_ARGS", lambda facts, _: " ".join(facts.spec.arguments)),
+    _Variable("DIB_ARGS", _dib_args),
     _Variable("DIB_ENV", _dib_env),
     _Variable("DIB_DEBUG_TRACE", lambda facts, _: str(facts.spec.debug_level)),
     _Variable("ARCH", lambda facts, _: facts.spec.arch),

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,19 @@ class VirtDibError(Exception):
         error = cls("; ".join(problem.message for problem in found))
         error.problems = found
         return error
+
+    def rewrite(self, change: Callable[[str], str]) -> None:
+        """Put what *change* makes of them in place of all texts."""
+        self.problems = tuple(
+            replace(
+                problem,
+                message=change(problem.message),
+                hint=None if problem.hint is None else change(problem.hint),
+                details=tuple(map(change, problem.details)),
+            )
+            for problem in self.problems
+        )
+        self.args = ("; ".join(problem.message for problem in self.problems),)
 
 
 class UsageError(VirtDibError):

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -355,10 +356,13 @@ def _qemu_img_convert() -> list[str | Path]:
 
 
 def _take(archive: Path, target: Path) -> None:
-    """Give the archive a second name, or copy it where that cannot be."""
+    """Give the archive a second name in place of *target*, or copy it where that cannot be."""
+    beside = target.with_name(f".{secrets.token_hex(8)}")
     try:
-        os.link(archive, target)
+        os.link(archive, beside)
+        beside.replace(target)
     except OSError:
+        beside.unlink(missing_ok=True)
         shutil.copyfile(archive, target)
 
 

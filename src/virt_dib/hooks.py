@@ -199,6 +199,8 @@ class _Merge:
         if entry.relative not in self._made:
             try:
                 (self.into / entry.relative).mkdir()
+                # Whatever the user's umask: programs of other users in the guest may have to read there.
+                (self.into / entry.relative).chmod(0o755)
             except OSError as error:
                 self._cannot_copy(entry.source, error)
                 return False

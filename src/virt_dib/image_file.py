@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 
 import yaml
 
+from virt_dib import masking
 from virt_dib.errors import Problem, UsageError
 from virt_dib.options import closest
 
@@ -474,7 +475,17 @@ class _File:
             why = "it is empty" if not name else "there is a '=' in it"
         if why:
             raise self._mistake(pair.key, f"{where}: cannot use this name: {why}", "take letters, digits and '_'")
-        return self._one_text(pair.value, where, ())
+        try:
+            return self._one_text(pair.value, where, ())
+        except _MistakeError as mistake:
+            written = str(pair.value.value)
+            if not masking.is_secret(name, written):
+                raise
+            problem = mistake.problem
+            for text in (written, _cut(written)):
+                hint = None if problem.hint is None else problem.hint.replace(text, masking.MASK)
+                problem = Problem(problem.message.replace(text, masking.MASK), hint)
+            raise _MistakeError(mistake.line, problem) from mistake
 
     def _one_text(self, node: yaml.Node, where: str, choices: Sequence[str]) -> str:
         value = _constructed(node)

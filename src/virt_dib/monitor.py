@@ -8,6 +8,7 @@ What scripts print is hostile. The log gets it byte for byte; a terminal gets on
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from typing import TextIO, final
 from virt_dib import events
 from virt_dib.errors import Interrupted, VirtDibError
 from virt_dib.log_file import LogFile
+from virt_dib.masking import Mask
 from virt_dib.plain_text import Sanitiser, one_line, printable, write_out
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
 from virt_dib.spec import BuildSpec, Phase
@@ -106,6 +108,7 @@ class BuildMonitor:
         self._phase, self._phase_number = "", 0
         self._scripts: Sequence[str] = ()
         self._script, self._script_number = "", 0
+        self._mask = Mask({})
 
     @property
     def log_path(self) -> Path | None:
@@ -133,6 +136,8 @@ class BuildMonitor:
     def following(self, spec: BuildSpec) -> Iterator[None]:
         """Tell that a build has started, and if the block ends with an exception that it has failed, and why."""
         self._name = spec.name
+        # What elements are given, and extra-data.d is.
+        self._mask = Mask({**os.environ, **spec.variables})
         self._teller.tell(
             events.BuildStarted(
                 name=spec.name, output_dir=spec.output_dir, elements=spec.elements, formats=spec.formats
@@ -141,6 +146,8 @@ class BuildMonitor:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, VirtDibError):
+                error.rewrite(self._mask)
             # A listener that raises once more must not hide the reason.
             with contextlib.suppress(Exception):
                 self._failed(error)
@@ -200,15 +207,15 @@ class BuildMonitor:
 
     def message(self, text: str) -> None:
         """Take something virt-dib itself has to say, once."""
-        self._say(events.Message(text=text))
+        self._say(events.Message(text=self._mask(text)))
 
     def warning(self, text: str) -> None:
         """As message, for what the user should look at."""
-        self._say(events.Warned(text=text))
+        self._say(events.Warned(text=self._mask(text)))
 
     def debug(self, text: str) -> None:
         """Take what libguestfs says when it is asked to."""
-        self._say(events.Debugged(text=text))
+        self._say(events.Debugged(text=self._mask(text)))
 
     def phase_started(self, title: str, scripts: Sequence[str]) -> None:
         """Take the start of a phase or a step; *scripts* are the names known now, more may come."""
@@ -311,7 +318,7 @@ class BuildMonitor:
 
     def _write_line(self, text: str) -> None:
         if self._log is not None:
-            self._log.write_line(_with_time(self.elapsed_s, text))
+            self._log.write_line(_with_time(self.elapsed_s, self._mask(text)))
 
     def _begin_output(self) -> None:
         self._tail = b""

@@ -33,8 +33,7 @@ def detached_program(program: Path, directory: Path) -> Iterator[Path]:
         ApplianceError: as ToolError.
     """
     nsenter = tools.require("nsenter", purpose="have a network of its own", package="util-linux")
-    if os.statvfs(directory).f_flag & os.ST_NOEXEC:
-        raise ToolError(f"no program can be started in '{directory}', which is mounted with noexec")
+    _require_exec(directory)
     resolver = directory / "resolv.conf"
     resolver.write_text(f"nameserver {NAMESERVER}\n")
     with inside_namespace(["net", str(resolver)], directory) as inside:
@@ -42,14 +41,34 @@ def detached_program(program: Path, directory: Path) -> Iterator[Path]:
         inside.send(b"go")
         inside.expect("ready")
         with connected(inside.process.pid):
-            wrapper = directory / program.name
-            # The same length each time and the same date: libguestfs knows programs by them.
-            words = f"--preserve-credentials --user --mount --net --target {inside.process.pid:<10}"
-            wrapper.write_text(f'#!/bin/sh\nexec {nsenter} {words} -- {program} "$@"\n')
-            wrapper.chmod(0o700)
-            date_ns = program.stat().st_mtime_ns
-            os.utime(wrapper, ns=(date_ns, date_ns))
-            yield wrapper
+            # The same length each time: libguestfs knows programs by it.
+            target = f"--target={inside.process.pid:010}"
+            yield _wrapped(program, directory, nsenter, "--preserve-credentials", "--user", "--mount", "--net", target)
+
+
+def bare_program(program: Path, directory: Path) -> Path:
+    """As :func:`detached_program`, but in the network of this process.
+
+    Raises:
+        ToolError: *directory* does not allow programs.
+    """
+    _require_exec(directory)
+    return _wrapped(program, directory)
+
+
+def _require_exec(directory: Path) -> None:
+    if os.statvfs(directory).f_flag & os.ST_NOEXEC:
+        raise ToolError(f"no program can be started in '{directory}', which is mounted with noexec")
+
+
+def _wrapped(program: Path, directory: Path, *before: str | Path) -> Path:
+    """A file in *directory* that is *program* behind the words *before*, in an environment without secrets."""
+    wrapper = directory / program.name
+    tools.bare_program(wrapper, program, *before)
+    # libguestfs takes it for another program when its date is another one.
+    date_ns = program.stat().st_mtime_ns
+    os.utime(wrapper, ns=(date_ns, date_ns))
+    return wrapper
 
 
 def _program() -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,6 @@ class Outputs:
         self._spec = spec
         self._workspace = workspace
         self._directory = spec.output_dir
-        self._mark = workspace.name.rpartition("-")[2]
         self._partial: list[tuple[Path, Path, formats.Format | str]] = []
         """What is written, its final name, and the format or the word for it in the report."""
         self._imported: Imported | None = None
@@ -65,7 +65,6 @@ class Outputs:
         if self._spec.drop_in is not None:
             return self._add_files(appliance, self._spec.drop_in)
         partial = self._new(f"{self._spec.name}.d", _DIRECTORY)
-        partial.mkdir()
         copied = self._copy_out(appliance, contract.OUT, partial)
         if copied.files > 0:
             self.left = tuple(sorted(entry.name for entry in partial.iterdir()))
@@ -94,7 +93,7 @@ class Outputs:
 
     def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: str | None) -> tuple[str, ...]:
         """What is below *inside* in the guest goes below *base*; what is named after the image, *own*, may replace."""
-        scratch = base / f".{self._spec.name}.{self._mark}.{len(self._scratch)}.partial"
+        scratch = base / f".{self._spec.name}.{_mark()}.partial"
         self._scratch.append(scratch)
         self._note(scratch)
         scratch.mkdir()
@@ -140,7 +139,7 @@ class Outputs:
         with shielded():
             for partial, final, kind in self._partial:
                 if kind == _DIRECTORY and final.is_dir():
-                    aside = final.with_name(f".{final.name}.{self._mark}.old")
+                    aside = final.with_name(f".{final.name}.{_mark()}.old")
                     note_elsewhere(self._workspace, aside, name=final)
                     final.rename(aside)
                     replaced.append(aside)
@@ -181,9 +180,18 @@ class Outputs:
                 staging.remove_tree(scratch)
 
     def _new(self, name: str, kind: formats.Format | str) -> Path:
-        partial = self._directory / f".{name}.{self._mark}.partial"
-        self._partial.append((partial, self._directory / name, kind))
+        """A file or directory beside its name, with the rights that the user's umask leaves.
+
+        A file is made here, for programs open whatever has its name, and not all know of umasks that leave more to a
+        group. In a directory that others may write to, that could be a link of theirs.
+        """
+        partial = self._directory / f".{name}.{_mark()}.partial"
         self._note(partial)
+        if kind == _DIRECTORY:
+            partial.mkdir()
+        else:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        self._partial.append((partial, self._directory / name, kind))
         return partial
 
     def _note(self, partial: Path) -> None:
@@ -194,6 +202,11 @@ class Outputs:
     def engine(self) -> str | None:
         """The engine that has the image for containers."""
         return None if self._imported is None else self._imported.engine.name
+
+
+def _mark() -> str:
+    """What nobody can know before."""
+    return secrets.token_hex(4)
 
 
 def _refusal(base: Path, name: str, own: str | None) -> str | None:

@@ -93,12 +93,15 @@ def no_room(directory: Path) -> ToolError:
 
 
 class Staging:
-    """A directory that becomes the build disk. Its layout is that of ``/dib`` in the guest."""
+    """A directory that becomes the build disk. Its layout is that of ``/dib`` in the guest.
+
+    What is made here has the same modes whatever the user's umask; what is copied has those of its source.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         for name in _DIRECTORIES:
-            (directory / name).mkdir(parents=True)
+            _make_directory(directory / name)
         self._host_files: list[str] = []
         self.host_file_sources: list[Path] = []
         """What :meth:`add_host_file` has put in, on the host."""
@@ -130,8 +133,9 @@ class Staging:
             with self._copying(module, ToolError, "make it readable, or install diskimage-builder again"):
                 self._copy(module, site / module.name, leave_out=("__pycache__", "tests", "elements", "*.so"))
         tools.run(
-            [compiled_by, "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", site],
+            [compiled_by, "-I", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", site],
             doing="compiling DIB's Python modules",
+            umask=0o022,
             check=False,
         )
 
@@ -157,7 +161,7 @@ class Staging:
             self._copy(library, prefix / "lib")
         for program in programs:
             with self._copying(program, ToolError, hint):
-                (prefix / "bin").mkdir(exist_ok=True)
+                _make_directory(prefix / "bin")
                 self._copy(program, prefix / "bin" / program.name)
 
     def add_elements(self, elements: Sequence[Element], search_path: Sequence[Path]) -> Mapping[str, str]:
@@ -170,7 +174,7 @@ class Staging:
         places: dict[str, str] = {}
         for number, path in enumerate(search_path):
             top = self.directory / "elements" / str(number)
-            top.mkdir()
+            _make_directory(top)
             for entry in sorted(path.iterdir()):
                 real = Path(os.path.realpath(entry))
                 if not real.is_dir() or (real.name not in names and entry.name not in names):
@@ -182,7 +186,7 @@ class Staging:
             if element.name not in places:
                 # Found only through a link of another name.
                 extra = self.directory / "elements" / "linked" / element.name
-                extra.parent.mkdir(exist_ok=True)
+                _make_directory(extra.parent)
                 self._copy_element(element.path, extra)
                 places[element.name] = f"/dib/elements/linked/{element.name}"
         return {element.name: places[element.name] for element in elements}
@@ -196,7 +200,7 @@ class Staging:
         hint = f"make it readable for this user; {file.wanted_by} names it"
         with self._copying(file.source, ToolError, hint):
             target = self.directory / "host-files" / file.inside.lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_directory(target.parent)
             self._copy(file.source, target)
             self._host_files.append(file.inside)
             self.host_file_sources.append(file.source)
@@ -204,10 +208,11 @@ class Staging:
     def write(self, name: str, text: str) -> None:
         """Write the file *name*, relative to the top."""
         (self.directory / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+        (self.directory / name).chmod(0o644)
 
     def finish(self) -> Path:
         """Everything has been put in: the directory, complete."""
-        (self.directory / "host-files.list").write_bytes(b"".join(os.fsencode(p) + b"\0" for p in self._host_files))
+        self.write("host-files.list", "".join(f"{path}\0" for path in self._host_files))
         return self.directory
 
     def make_disk(self, disk: Path) -> None:
@@ -360,6 +365,13 @@ def remove_tree(path: Path) -> None:
     for directory in reversed(directories):
         with contextlib.suppress(OSError):
             directory.rmdir()
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory, and those it is in, as far as they are missing, for all to read."""
+    for place in reversed([place for place in (path, *path.parents) if not place.exists()]):
+        place.mkdir()
+        place.chmod(0o755)
 
 
 def _copy_file(source: Path, target: Path) -> None:

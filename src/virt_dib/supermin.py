@@ -15,12 +15,13 @@ import fcntl
 import glob
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from virt_dib import tools
+from virt_dib import ownership, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError, UsageError
 
 PACKAGES = (
@@ -62,19 +63,42 @@ def cache_dir() -> Path:
     """Where virt-dib keeps what it can make again: the appliance, the KVM verdict.
 
     Raises:
-        PrerequisiteError: this user has no home directory, and XDG_CACHE_HOME is not set.
+        PrerequisiteError: this user has no home directory, and XDG_CACHE_HOME is not set; or another user could have
+            put something there, which would run in every build, or lead it to files of this user.
         UsageError: the path has a colon in it.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        directory = (Path(base) if base else Path.home() / ".cache") / "virt-dib"
+        # The specification has relative ones ignored.
+        directory = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "virt-dib"
     except RuntimeError as error:
         raise PrerequisiteError(
             "looking for the cache directory: this user has no home directory, and HOME is not set",
             hint="set XDG_CACHE_HOME to a directory that you can write",
         ) from error
     _check_path(directory)
+    # Links on the way may be others', and lead elsewhere later.
+    directory = Path(os.path.realpath(directory))
+    _check_path(directory)
+    with contextlib.suppress(OSError):
+        ownership.make_private(directory)
+    _require_trust(directory)
     return directory
+
+
+def _require_trust(directory: Path) -> None:
+    found = ownership.danger(directory)
+    if found is None:
+        return
+    hint = "set XDG_CACHE_HOME to a directory that only you can write"
+    if found.path == directory:
+        name = shlex.quote(str(directory))
+        hint = f"remove it, since what is in it may be theirs: rm -r {name}; or {hint}"
+        raise PrerequisiteError(f"cannot trust the cache directory '{directory}': {found.reason}", hint=hint)
+    raise PrerequisiteError(
+        f"cannot trust the cache directory '{directory}', which others can replace: '{found.path}': {found.reason}",
+        hint=hint,
+    )
 
 
 def _check_path(directory: Path) -> None:
@@ -112,11 +136,12 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
     directory = cache_dir / name
     try:
         if (directory / "supermin.d").is_dir():
+            _require_trust(directory)
             return directory
-        cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        ownership.make_private(cache_dir)
         with tempfile.TemporaryDirectory(dir=cache_dir) as made:
             inside = Path(made, "new", "supermin.d")
-            inside.mkdir(parents=True)
+            ownership.make_private(inside)
             for entry in system.iterdir():
                 (inside / entry.name).symlink_to(entry)
             for name, text in texts.items():
@@ -126,6 +151,7 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
             with contextlib.suppress(OSError):
                 os.rename(inside.parent, directory)
         made_it = (directory / "supermin.d").is_dir()
+        _require_trust(directory)
     except OSError as error:
         raise PrerequisiteError(
             f"cannot keep the appliance's files in '{cache_dir}': {error.strerror}",
@@ -165,7 +191,7 @@ def build(directory: Path, temporary_dir: Path, on_debug: Callable[[str], None] 
         result = tools.run(
             [program, "--build", *options, "-f", "ext2", directory / "supermin.d", "-o", directory / _BUILT],
             doing=doing,
-            environment={**os.environ, "TMPDIR": str(temporary_dir)},
+            environment=tools.host_environment({**_settings(), "TMPDIR": str(temporary_dir)}),
         )
     except (ToolError, PrerequisiteError) as error:
         raise ApplianceError(str(error), hint=error.problems[0].hint or hint_for(str(error))) from error
@@ -183,6 +209,11 @@ def hint_for(text: str) -> str:
     if "supermin" in text and "kernel" in text.lower():
         return "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
     return "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"
+
+
+def _settings() -> dict[str, str]:
+    """What the user tells supermin itself."""
+    return {name: value for name, value in os.environ.items() if name.startswith("SUPERMIN_")}
 
 
 def _kernels() -> str:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess  # noqa: TID251 - the one importer
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
@@ -23,6 +26,7 @@ TOGETHER = subprocess.STDOUT
 Process = subprocess.Popen[bytes]
 
 _SYSTEM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+_PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "TMPDIR")
 _STOP_TIMEOUT_S = 3.0
 _ERROR_LINES = 5
 
@@ -64,9 +68,23 @@ def require_working_directory() -> None:
 
 def find(name: str) -> Path | None:
     """The program *name* on PATH or, for users whose PATH lacks it, in the system's directories."""
-    search = os.pathsep.join([os.environ.get("PATH", ""), *_SYSTEM_DIRS])
-    found = shutil.which(name, path=search)
+    found = shutil.which(name, path=_search_path())
     return Path(found).absolute() if found else None
+
+
+def _search_path() -> str:
+    """Without the relative ones: the working directory may be that of elements, with programs of theirs."""
+    own = [directory for directory in os.environ.get("PATH", "").split(os.pathsep) if os.path.isabs(directory)]
+    return os.pathsep.join(dict.fromkeys([*own, *_SYSTEM_DIRS]))
+
+
+def host_environment(more: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """What programs of the host are given: places, English words, and *more*.
+
+    No more than they need: some read what comes out of the guest, and the user's environment may have passwords in it.
+    """
+    kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return {"PATH": _search_path(), "LC_ALL": "C", **kept, **more}
 
 
 def require(name: str, *, purpose: str, package: str) -> Path:
@@ -92,11 +110,13 @@ def started(
     stdout: int = subprocess.PIPE,
     stderr: int = subprocess.PIPE,
     cwd: Path | None = None,
+    umask: int = -1,
 ) -> Iterator[Process]:
     """Start *command* in a process group of its own; nothing of that group outlives the block.
 
     A group of its own: Ctrl-C on the terminal reaches virt-dib alone, which then stops the group.
-    *environment* replaces that of virt-dib when given.
+    A program without a path is found by :func:`find`. *environment* is all that it gets; not given, that is
+    :func:`host_environment`. *umask* is the user's unless given.
 
     Raises:
         ToolError: the program cannot be started.
@@ -108,8 +128,10 @@ def started(
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            env=None if environment is None else dict(environment),
+            executable=_executable(arguments[0]),
+            env=host_environment() if environment is None else dict(environment),
             cwd=cwd,
+            umask=umask,
             start_new_session=True,
         )
     except OSError as error:
@@ -122,7 +144,7 @@ def started(
 
 
 @contextlib.contextmanager
-def attended(command: Sequence[str | Path], *, environment: Mapping[str, str] | None = None) -> Iterator[Process]:
+def attended(command: Sequence[str | Path], *, environment: Mapping[str, str]) -> Iterator[Process]:
     """Start *command* with the terminal and the streams of virt-dib, for programs that users may talk to.
 
     Ctrl-C on the terminal reaches it, too. It does not outlive the block; what it starts itself is its own to stop.
@@ -132,7 +154,7 @@ def attended(command: Sequence[str | Path], *, environment: Mapping[str, str] | 
     """
     arguments = [os.fspath(part) for part in command]
     try:
-        process = subprocess.Popen(arguments, env=None if environment is None else dict(environment))
+        process = subprocess.Popen(arguments, executable=_executable(arguments[0]), env=dict(environment))
     except OSError as error:
         raise ToolError(f"cannot start '{arguments[0]}': {error.strerror}") from error
     try:
@@ -148,6 +170,7 @@ def run(
     doing: str,
     environment: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    umask: int = -1,
     stdin: bytes | None = None,
     timeout_s: float | None = None,
     check: bool = True,
@@ -161,7 +184,10 @@ def run(
             False) ends with another status than 0.
     """
     program = Path(os.fspath(command[0])).name
-    with _input(stdin) as source, started(command, environment=environment, cwd=cwd, stdin=source) as process:
+    with (
+        _input(stdin) as source,
+        started(command, environment=environment, cwd=cwd, umask=umask, stdin=source) as process,
+    ):
         try:
             out, err = _communicate(process, timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -188,6 +214,29 @@ def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
             results[doing] = _result(process.returncode, out or b"", err)
             _check(results[doing], process.returncode, f"{doing}: '{program}'")
     return results
+
+
+def bare_program(wrapper: Path, program: Path, *before: str | Path) -> None:
+    """Make *wrapper*, a program that is *program* with the environment of :func:`host_environment` alone.
+
+    For those who start it without asking how. *before* are words of a command that becomes it.
+    """
+    variables = [f"{name}={value}" for name, value in host_environment().items()]
+    words = [require("env", purpose="start programs", package="coreutils"), "-i", *variables, *before, program]
+    wrapper.write_bytes(os.fsencode(f'#!/bin/sh\nexec {shlex.join(str(word) for word in words)} "$@"\n'))
+    wrapper.chmod(0o700)
+
+
+def _executable(program: str) -> str:
+    """The path of *program*.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = program if os.path.isabs(program) else find(program)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
+    return os.fspath(found)
 
 
 @contextlib.contextmanager

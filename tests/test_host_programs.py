@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How programs of the host are found and started: none of the working directory, and told no more than they need."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from virt_dib import batch, boot, dib, kvm, network, staging, tools
+from virt_dib.errors import ToolError, VirtDibError
+
+SECRET = "not for programs"
+PLACES = {"PATH", "LC_ALL", "HOME", "TMPDIR", "LD_LIBRARY_PATH"}
+OF_THE_SHELL = {"PWD", "OLDPWD", "SHLVL", "_"}
+
+
+def make_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def variables(text: str) -> dict[str, str]:
+    """What ``env -0`` has printed, without the shell's own."""
+    found = dict(item.split("=", 1) for item in text.split("\0") if item)
+    return {name: value for name, value in found.items() if name not in OF_THE_SHELL}
+
+
+@pytest.fixture
+def secretive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment with a secret, and what would have programs do and say other things."""
+    for name, value in {
+        "AWS_SECRET_ACCESS_KEY": SECRET, "http_proxy": f"http://user:{SECRET}@192.0.2.1:3128", "GZIP": "-d",
+        "LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de", "BASH_ENV": "/nowhere", "QEMU_MODULE_DIR": "/nowhere",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+
+# ---- finding ----
+
+
+@pytest.mark.parametrize("path", ["", ".", ".:/usr/bin", ":/usr/bin", "bin:/usr/bin", None])
+def test_no_program_is_taken_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    for directory in (tmp_path, tmp_path / "bin"):
+        make_program(directory / "env", "echo caught")
+    monkeypatch.chdir(tmp_path)
+    if path is None:
+        monkeypatch.delenv("PATH")
+    else:
+        monkeypatch.setenv("PATH", path)
+    assert tools.find("env") == Path("/usr/bin/env")
+    assert "caught" not in tools.run(["env"], doing="running it").stdout
+    # Neither by the programs that it starts.
+    assert "caught" not in tools.run(["sh", "-c", "env"], doing="running it").stdout
+
+
+def test_the_users_own_directories_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = make_program(tmp_path / "bin/env", "echo mine")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin")
+    assert tools.find("env") == own
+    assert tools.run(["env"], doing="running it").stdout == "mine\n"
+
+
+def test_a_program_that_is_nowhere_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="cannot start 'no-such-program': No such file or directory"):
+        tools.run(["no-such-program"], doing="running it", cwd=tmp_path)
+
+
+@pytest.fixture
+def with_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with modules that leave a trace when they are imported."""
+    names = ("json", "csv", "zipfile", "struct", "runpy", "compileall", "argparse", "virt_dib", "yaml", "tempfile")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'a').write(__name__)\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_that_looks_for_dib_imports_nothing_from_the_working_directory(with_modules: Path) -> None:
+    assert dib.guest_modules(dib.find_installation(None))
+    assert dib.guest_modules(dib.find_installation(None, Path(sys.executable)))
+    assert not (with_modules / "trace").exists()
+
+
+def test_python_that_compiles_imports_nothing_from_the_working_directory(with_modules: Path, tmp_path: Path) -> None:
+    staged = staging.Staging(tmp_path / "staging")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/module.py").write_text("")
+    staged.add_modules([tmp_path / "elsewhere/module.py"], Path("/usr/bin/python3"))
+    assert list((staged.directory / "site/__pycache__").iterdir())
+    assert not (with_modules / "trace").exists()
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 11)])
+def test_python_that_builds_imports_nothing_from_the_working_directory(
+    with_modules: Path, version: tuple[int, ...]
+) -> None:
+    command = [*batch.start_command(version), batch.AS_RAMDISK, "--help"]
+    assert "virt-ramdisk-image-create" in tools.run(command, doing="asking for help").stdout
+    assert not (with_modules / "trace").exists()
+
+
+# ---- what they are given ----
+
+
+@pytest.mark.usefixtures("secretive")
+def test_programs_get_places_and_speak_english() -> None:
+    seen = variables(tools.run(["env", "-0"], doing="looking").stdout)
+    assert set(seen) <= PLACES
+    assert seen["LC_ALL"] == "C"
+    said = tools.run(["cat", "/nowhere"], doing="looking", check=False).stderr
+    assert "No such file or directory" in said
+
+
+@pytest.mark.usefixtures("secretive")
+def test_gzip_compresses_whatever_the_environment_says(tmp_path: Path) -> None:
+    (tmp_path / "archive").write_bytes(b"text")
+    command = tools.Command(words=["gzip", "-c"], stdin=tmp_path / "archive", stdout=tmp_path / "made")
+    tools.run_together({"compressing": command})
+    assert (tmp_path / "made").read_bytes().startswith(b"\x1f\x8b")
+
+
+@pytest.mark.usefixtures("secretive")
+@pytest.mark.parametrize("name", ["qemu", "a b", "$(touch pwned)", "it's;touch pwned", 'a"b`touch pwned`'])
+def test_the_qemu_of_the_appliance_gets_places_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = make_program(tmp_path / name / "qemu", 'env -0; printf "ARGUMENTS=%s %s" "$1" "$2"')
+    (tmp_path / "private").mkdir()
+    wrapper = network.bare_program(program, tmp_path / "private")
+    seen = variables(tools.run([wrapper, "a b", "$(id)"], doing="running it").stdout)
+    assert seen.pop("ARGUMENTS") == "a b $(id)"
+    assert set(seen) <= PLACES
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.usefixtures("secretive")
+def test_the_qemus_that_we_start_ourselves_get_places_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Mapping[str, str]] = []
+    record = tmp_path / "record"
+    fake = make_program(tmp_path / "bin/qemu-system-x86_64", f"env -0 >{record}; exit 1")
+    (tmp_path / "kernel").write_text("")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    kvm.choose(kernel=tmp_path / "kernel", cache_dir=tmp_path, qemu=fake, device=Path("/dev/null"))
+    seen.append(variables(record.read_text()))
+    record.unlink()
+    with pytest.raises(VirtDibError):
+        boot.boot_kernel(tmp_path / "kernel", tmp_path / "kernel", expect="x", accelerate=False)
+    seen.append(variables(record.read_text()))
+    assert [set(one) <= PLACES for one in seen] == [True, True], seen
