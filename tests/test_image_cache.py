@@ -351,6 +351,15 @@ def test_what_makes_no_sense_is_refused_as_a_whole(
     assert {path.name for path in cache.iterdir()} == {"git", "image"}
 
 
+@pytest.mark.parametrize(
+    "unchanged", [b"x" * (32 << 20), bytes(16 << 20), b"image\0" * 8], ids=["long", "NULs", "twice"]
+)
+def test_a_list_longer_than_it_can_be_is_not_read(cache: Path, start: Callable[[], Build], unchanged: bytes) -> None:
+    with pytest.raises(ApplianceError, match="longer than it can be"):
+        send(start(), NEW, ("new/x", tarfile.REGTYPE, "1"), unchanged=unchanged)
+    assert content(cache) == BEFORE
+
+
 def test_its_own_names_are_not_taken(cache: Path, start: Callable[[], Build]) -> None:
     assert send(start(), NEW, ("new/.virt-dib-x", tarfile.REGTYPE, "1")).entries == ()
     assert content(cache) == BEFORE

@@ -135,8 +135,7 @@ class ImageCache:
         new = directory / "new"
         refused = {name for name in _entries(new) if name in self._partly or self._has_changed(name)}
         places = {"", *(os.path.relpath(place, new) for place, _, _ in os.walk(new))}
-        for word in _read(directory / "unchanged").split(b"\0"):
-            path = os.fsdecode(word)
+        for path in self._unchanged(directory / "unchanged"):
             name = path.split("/", 1)[0]
             state = self._before.get(name, {}).get(path)
             if name in refused or state is None or not stat.S_ISREG(state[0]):
@@ -152,6 +151,18 @@ class ImageCache:
                 # There are file systems without hard links; and with other users' files the kernel forbids them.
                 clone(self._directory / path, new / path)
         return refused
+
+    def _unchanged(self, path: Path) -> list[str]:
+        """The words in the guest's list of files that are as it got them."""
+        if not path.is_file():
+            raise ApplianceError("taking over the image cache: the guest gave no list of files")
+        given = [os.fsencode(name) for names in self._before.values() for name in names]
+        most_bytes = sum(map(len, given)) + len(given)
+        with path.open("rb") as stream:
+            data = stream.read(most_bytes + 1)
+        if len(data) > most_bytes or data.count(b"\0") > len(given):
+            raise ApplianceError("taking over the image cache: the guest's list of files is longer than it can be")
+        return [os.fsdecode(word) for word in data.split(b"\0")]
 
     def _has_changed(self, name: str) -> bool:
         return dict(_states(self._directory, name)) != self._before.get(name, {})
@@ -196,12 +207,6 @@ def clone(source: Path, copy: Path) -> None:
             shutil.copyfileobj(reader, writer, 1 << 20)
         os.fchmod(writer.fileno(), stat.S_IMODE(state.st_mode) & 0o777 | stat.S_IRUSR)
     os.utime(copy, ns=(state.st_atime_ns, state.st_mtime_ns))
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise ApplianceError("taking over the image cache: the guest gave no list of files")
-    return path.read_bytes()
 
 
 def _entries(directory: Path) -> list[str]:

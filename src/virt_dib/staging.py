@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import io
 import os
 import shutil
 import stat
@@ -13,12 +14,13 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from virt_dib import layout, tools
 from virt_dib.elements import Element
 from virt_dib.environment import GUEST
 from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError
+from virt_dib.interrupts import check_cancelled
 from virt_dib.releases import DiskMaker, PythonName, Rules
 
 BUILD_DISK_BYTES = 128 * 1024**3
@@ -58,7 +60,10 @@ MOST_MEMBERS = 100_000
 """Files, directories and links that are taken over from the guest."""
 MOST_CACHED = 1_000_000
 """As MOST_MEMBERS, of what elements cache: git repositories, packages."""
+_MOST_HEADER_BYTES = 64 << 10
+"""What an archive may say about one of them: several times the longest path, twice."""
 _LAST_DATE_S = 1 << 33
+_COPIED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -405,10 +410,16 @@ def copy_out(archive: Path, target: Path, *, limit_bytes: int, as_cache: bool = 
     """
     unpacking = _Unpacking(target, limit_bytes, as_cache=as_cache)
     try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                unpacking.add(tar, member)
-            _check_end(archive, tar.offset)
+        with (
+            _Headers(archive) as headers,
+            tarfile.open(fileobj=headers, mode="r:") as tar,
+            archive.open("rb") as stream,
+        ):
+            while (member := tar.next()) is not None:
+                headers.check(tar)
+                check_cancelled()
+                unpacking.add(member, stream)
+            _check_end(stream, tar.offset)
     except OSError as error:
         if error.errno in _HOST_ERRORS:
             raise
@@ -424,12 +435,38 @@ def copy_out(archive: Path, target: Path, *, limit_bytes: int, as_cache: bool = 
     return CopiedOut(files=unpacking.files, left_out=tuple(unpacking.left_out))
 
 
-def _check_end(archive: Path, offset: int) -> None:
+class _Headers(io.FileIO):
+    """An archive as tarfile reads it, which believes any length that a header gives, and keeps all it has read.
+
+    The contents of files are not for it: between two members it skips them.
+    """
+
+    def __init__(self, archive: Path) -> None:
+        super().__init__(archive)
+        self._left_bytes = _MOST_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read as any file, but not more than a member may need in all."""
+        if size is None or not 0 <= size <= self._left_bytes:
+            raise tarfile.ReadError("a header is too long")
+        self._left_bytes -= size
+        return super().read(size) or b""
+
+    def check(self, tar: tarfile.TarFile) -> None:
+        """Forget a member of *tar*, and allow another one."""
+        if tar.pax_headers:
+            # They would hold for all that follow, which each gets a copy.
+            raise tarfile.ReadError("a header is for all files")
+        members: Any = tar
+        members.members.clear()
+        self._left_bytes = _MOST_HEADER_BYTES
+
+
+def _check_end(stream: IO[bytes], offset: int) -> None:
     """Refuse an archive that ends without an end mark: the module takes a damaged header for one."""
-    with archive.open("rb") as stream:
-        stream.seek(offset)
-        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise ApplianceError(f"the archive that the guest left is damaged: no header at byte {offset}")
+    stream.seek(offset)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ApplianceError(f"the archive that the guest left is damaged: no header at byte {offset}")
 
 
 def stays_inside(name: str, target: str) -> bool:
@@ -469,8 +506,8 @@ class _Unpacking:
     def files(self) -> int:
         return len(self._sizes_bytes)
 
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Take over one member."""
+    def add(self, member: tarfile.TarInfo, archive: IO[bytes]) -> None:
+        """Take over one member of *archive*."""
         self.name = member.name
         if member.size < 0 or member.offset_data < 0 or member.issparse():
             raise ApplianceError(f"the archive that the guest left is damaged at {member.name!r}")
@@ -481,15 +518,12 @@ class _Unpacking:
                 self._make_parents(path)
                 self._make_directory(path)
         elif member.isreg() and path != self._target:
-            source = tar.extractfile(member)
-            if source is not None:
-                with source:
-                    self._write(
-                        path, source, member.size, executable=bool(self._as_cache and member.mode & stat.S_IXUSR)
-                    )
-                if self._as_cache:
-                    date_s = min(max(member.mtime, 0), _LAST_DATE_S)
-                    os.utime(path, (date_s, date_s), follow_symlinks=False)
+            archive.seek(member.offset_data)
+            executable = bool(self._as_cache and member.mode & stat.S_IXUSR)
+            self._write(path, archive, member.size, executable=executable)
+            if self._as_cache:
+                date_s = min(max(member.mtime, 0), _LAST_DATE_S)
+                os.utime(path, (date_s, date_s), follow_symlinks=False)
         elif member.islnk() and (original := self._path(member.linkname)) in self._sizes_bytes:
             with original.open("rb") as earlier:
                 executable = bool(original.stat().st_mode & stat.S_IXUSR)
@@ -534,5 +568,11 @@ class _Unpacking:
         self._make_parents(path)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(path, flags, 0o777 if executable else 0o666), "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+            left_bytes = size_bytes
+            while left_bytes:
+                data = source.read(min(left_bytes, _COPIED_BYTES))
+                if not data:
+                    raise tarfile.ReadError(f"the end is in {self.name!r}")
+                left_bytes -= sink.write(data)
+                check_cancelled()
         self._sizes_bytes[path] = size_bytes
