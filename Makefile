@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 READY := .venv/.ready
-SHELL_SCRIPTS := $(sort $(wildcard src/virt_dib/guest/*.sh)) $(sort $(wildcard scripts/*)) .ci/run
+SHELL_SCRIPTS := $(sort $(wildcard src/virt_dib/guest/*.sh)) $(filter-out %.py,$(sort $(wildcard scripts/*))) .ci/run
 GENERATED_FROM := $(wildcard docs/*.rst generate/*.py generate/templates/* po/*)
 SOURCES := $(shell find src/virt_dib -name '*.py' -o -name '*.sh') scripts/demo scripts/mirrors
 
@@ -39,7 +39,7 @@ demo-clean: ## remove what 'make demo' built
 	rm -rf demo
 
 .PHONY: test
-test: lint test-unit test-sandbox test-appliance ## lint, types, and all tests but the longest
+test: lint audit test-unit test-sandbox test-appliance ## lint, types, and all tests but the longest
 
 .PHONY: docs
 docs: $(READY) ## manual pages and HTML in build/share
@@ -51,6 +51,10 @@ lint: $(READY) ## format, lint, types, shell scripts
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	shellcheck $(SHELL_SCRIPTS)
+
+.PHONY: audit
+audit: $(READY) ## the Python packages: hashes, changes, known vulnerabilities if the network is there
+	@$(BIN)/python scripts/audit.py
 
 .PHONY: test-unit
 test-unit: $(READY) ## tests that start no virtual machine

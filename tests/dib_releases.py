@@ -14,7 +14,17 @@ import pytest
 from virt_dib import tools
 from virt_dib.errors import ToolError
 
-RELEASES = ("0.1.43", "1.28.0", "2.0.0", "2.38.0", "3.0.0", "3.20.0", "3.43.0")
+_HASHES = {
+    "0.1.43": "d86b8b29ff3edf66df21b61703a7ced4c01d095ca84bf0d92575002598a9fd56",
+    "1.28.0": "44bc617cb2c05aae4eebca276aa179c0f239854cfeed6b74493e4cecf4368a55",
+    "2.0.0": "81fc90fff8966e0f5ac2e9d9fd2a7f1cf53e31dd547b2a30dacca52f94512f01",
+    "2.38.0": "75a679640d20c16652af396f7abbc8228b6f3f4de1c049d4d7fe0001c64f1646",
+    "3.0.0": "c8db0f8273da10970c2bb4827c755af9c4995e3bfb73a5ab1a8c5e8f24cc9ef0",
+    "3.20.0": "2a64ccb06eeb3b635853ba9e17196ad32714c8a48b9f1d91978eefdafa9173d7",
+    "3.43.0": "ece951ea63ea0ea55ecb4c4a75d6d453dc5e77c5558aace3dee883fa0e2dd039",
+}
+"""SHA-256 of their wheels."""
+RELEASES = tuple(_HASHES)
 _DOWNLOAD_TIMEOUT_S = 300
 
 
@@ -46,15 +56,21 @@ def release(version: str) -> Release:
     if not site.exists():
         base.mkdir(parents=True, exist_ok=True)
         partial = base / f".{version}.{os.getpid()}"
+        wanted = base / f".{version}.{os.getpid()}.txt"
+        wanted.write_text(f"diskimage-builder=={version} --hash=sha256:{_HASHES[version]}\n")
         command: list[str | Path] = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
         try:
             tools.run(
-                [*command, "--target", partial, "--only-binary=:all:", f"diskimage-builder=={version}"],
+                [*command, "--target", partial, "--only-binary=:all:", "--require-hashes", "--requirement", wanted],
                 doing=f"downloading diskimage-builder {version}",
                 environment=os.environ,
                 timeout_s=_DOWNLOAD_TIMEOUT_S,
             )
         except ToolError as error:
+            if "DO NOT MATCH THE HASHES" in str(error):
+                raise
             pytest.skip(str(error))
+        finally:
+            wanted.unlink()
         partial.rename(site)
     return Release(version=version, site=site)

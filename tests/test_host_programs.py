@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,10 @@ def test_python_that_compiles_imports_nothing_from_the_working_directory(with_mo
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/module.py").write_text("")
     staged.add_modules([tmp_path / "elsewhere/module.py"], Path("/usr/bin/python3"))
-    assert list((staged.directory / "site/__pycache__").iterdir())
+    (compiled,) = (staged.directory / "site/__pycache__").iterdir()
+    # It names its source, in the guest.
+    assert b"/dib/site/module.py" in compiled.read_bytes()
+    assert os.fsencode(tmp_path) not in compiled.read_bytes()
     assert not (with_modules / "trace").exists()
 
 

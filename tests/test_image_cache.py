@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,36 @@ class Build:
         """The files whose content came back."""
         new = self._workspace / "gathered/new"
         return {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("swap", ["a directory for a link", "a file for a link", "a file for a FIFO"])
+def test_what_another_user_swaps_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: str) -> None:
+    """In a cache that others can write to, between the look at a file and its copy."""
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/key").write_text("secret")
+    cache = tmp_path / "cache"
+    (cache / "entry/inner").mkdir(parents=True)
+    (cache / "entry/inner/key").write_text("harmless")
+    (cache / "other").write_text("content")
+    look = image_cache._states  # noqa: SLF001 - the moment after it
+
+    def look_and_swap(directory: Path, name: str) -> Iterator[tuple[str, image_cache._Signature]]:
+        yield from list(look(directory, name))
+        if name == "entry" and swap == "a directory for a link":
+            (cache / "entry/inner").rename(tmp_path / "aside")
+            (cache / "entry/inner").symlink_to(tmp_path / "private")
+        elif name == "entry":
+            (cache / "entry/inner/key").unlink()
+            if swap == "a file for a link":
+                (cache / "entry/inner/key").symlink_to(tmp_path / "private/key")
+            else:
+                os.mkfifo(cache / "entry/inner/key")
+
+    monkeypatch.setattr(image_cache, "_states", look_and_swap)
+    copied = ImageCache(cache, tmp_path)
+    copied.copy_to(tmp_path / "copy")
+    files = {path.name: path.read_text() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert files == {"other": "content"}
 
 
 @pytest.fixture

@@ -115,6 +115,7 @@ def test_no_text_holds_a_secret_afterwards(text: str, secret: str) -> None:
 def test_a_job_is_not_in_what_libguestfs_tells_of_its_calls() -> None:
     told = 'write "/jobs/12.sh" "export A=1\\nexport API_KEY=s3cr"<truncated, original size 812 bytes>'
     assert _without_job(told) == 'write "/jobs/12.sh" "..."'
+    assert _without_job(f"internal_{told}") == 'internal_write "/jobs/12.sh" "..."'
     assert _without_job('write "/build/config.yaml" "text"') == 'write "/build/config.yaml" "text"'
 
 

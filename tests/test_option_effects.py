@@ -26,6 +26,8 @@ echo "${SSL_CERT_FILE-unset} ${CURL_CA_BUNDLE-unset} ${APT_CONFIG-unset}" >/var/
 _MACHINE = "#!/bin/bash\nset -eu\nnproc >processors\ngrep -o '[0-9]*' <(head -1 /proc/meminfo) >memory\n"
 MOST_BLOCKS = 16 << 20
 _FAILS = "#!/bin/bash\nexit 1\n"
+SECRET = "s3cr3t" * 10
+"""Longer than a line of the terminal, and than libguestfs shows of a text."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "--size", "640M", "--fs-type", "ext3", "--root-label", "the-root",
             "--mkfs-options", f"-I 512 -E resize={MOST_BLOCKS}",
             "--memsize", "1500", "--smp", "3", "-u", "--qemu-img-options", "cluster_size=32768",
-            "--no-host-certificates", "-x", "--color", "--wrap", "tiny-os", "notes",
+            "--no-host-certificates", "--envvar", f"API_KEY={SECRET}", "-x", "--color", "--wrap", "tiny-os", "notes",
         ],
         cwd=tmp_path_factory.mktemp("effects"),
         environment={"COLUMNS": "40"},
@@ -116,6 +118,13 @@ def test_messages_are_coloured_wrapped_and_tell_the_calls_of_libguestfs(build: R
         for line in text.splitlines():
             assert len(line) <= 40 or " " not in line[9:].strip(), line
     assert "\x1b" not in (build.output_dir / "effects.log").read_text()
+
+
+def test_no_secret_is_told_but_by_scripts(build: Run) -> None:
+    """Neither in what libguestfs traces: not even its beginning, where a text is cut."""
+    assert "trace: write" in (build.output_dir / "effects.log").read_text()
+    for text in (build.stdout, build.stderr, (build.output_dir / "effects.log").read_text()):
+        assert SECRET[:12] not in text
 
 
 def test_nothing_is_left_beside_the_outputs(build: Run) -> None:

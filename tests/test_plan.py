@@ -28,6 +28,36 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def drive(place: Path) -> Path:
+    """An empty one."""
+    file = place / "drive.img"
+    with file.open("wb") as stream:
+        stream.truncate(64 << 20)
+    return file
+
+
+def test_places_of_ones_own_need_no_word(place: Path, drive: Path) -> None:
+    assert planned(place, image_cache=place / "cache", drive=drive).warnings == ()
+
+
+def test_places_that_others_can_write_to_are_told(place: Path, drive: Path) -> None:
+    (place / "cache").mkdir()
+    (place / "cache").chmod(0o1777)
+    drive.chmod(0o666)
+    assert planned(place, image_cache=place / "cache", drive=drive).warnings == (
+        f"others can change the image cache, which gets into images: '{place}/cache': others can write to it",
+        f"others can change the helper drive, which gets into images: '{drive}': others can write to it",
+    )
+
+
+@pytest.mark.parametrize(("mode", "safe"), [(0o777, False), (0o1777, True)])
+def test_a_temporary_directory_in_which_others_can_replace_files_is_told(place: Path, mode: int, *, safe: bool) -> None:
+    place.chmod(mode)
+    told = f"others can replace the files of this build: '{place}': others can write to it"
+    assert planned(place).warnings == (() if safe else (told,))
+
+
 def spec_in(place: Path, **more: object) -> BuildSpec:
     fields: dict[str, object] = {
         "name": "x", "output_dir": place / "out", "elements": ("one",), "element_paths": (place / "elements",),

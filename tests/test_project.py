@@ -17,7 +17,7 @@ from virt_dib import tools
 ROOT = Path(__file__).parents[1]
 LICENCE_LINE = "SPDX-License-Identifier: Apache-2.0"
 OPTION = re.compile(r"(?<!\S)--?[A-Za-z][a-z-]*")
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/index.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/index.md", "docs/security.md")
 
 # Written in parts, so that this file passes its own test.
 REGISTRY_HOSTS = tuple(

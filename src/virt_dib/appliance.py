@@ -66,7 +66,7 @@ _DRIVE_HINTS = {
 }
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
-_JOB_WRITTEN = re.compile(r"""(\bwrite "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
+_JOB_WRITTEN = re.compile(r"""((?:internal_)?write "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 

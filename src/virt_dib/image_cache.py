@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, final
 
 from virt_dib import staging
 from virt_dib.errors import ApplianceError, ToolError, UsageError, reason_of
@@ -103,23 +104,27 @@ class ImageCache:
     def _copy_all(self, target: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         target.mkdir(exist_ok=True)
-        with _locked(self._directory, fcntl.LOCK_SH):
+        with _locked(self._directory, fcntl.LOCK_SH), _Source(self._directory) as source:
             for name in _entries(self._directory):
                 self._before[name] = dict(_states(self._directory, name))
                 for path, state in self._before[name].items():
-                    if not self._copy(path, state[0], target):
+                    if not self._copy(source, path, state[0], target):
                         self._partly.add(name)
 
-    def _copy(self, path: str, mode: int, target: Path) -> bool:
-        source, copy = self._directory / path, target / path
+    def _copy(self, source: _Source, path: str, mode: int, target: Path) -> bool:
+        copy = target / path
         try:
             if stat.S_ISDIR(mode):
-                os.listdir(source)
+                os.close(source.open(path, os.O_DIRECTORY))
                 copy.mkdir()
             elif stat.S_ISREG(mode):
-                clone(source, copy)
+                # O_NONBLOCK: by now it may be a FIFO.
+                with open(source.open(path, os.O_NONBLOCK), "rb") as reader:
+                    if not stat.S_ISREG(os.fstat(reader.fileno()).st_mode):
+                        return False
+                    _clone(reader, copy)
                 self.size_bytes += copy.stat().st_size
-            elif stat.S_ISLNK(mode) and staging.stays_inside(path, link := os.readlink(source)):
+            elif stat.S_ISLNK(mode) and staging.stays_inside(path, link := source.readlink(path)):
                 copy.symlink_to(link)
             else:
                 return False
@@ -175,6 +180,59 @@ class ImageCache:
             new.rename(final)
 
 
+@final
+class _Source:
+    """The directory of a cache, read without following a link anywhere in it; a context manager.
+
+    Where others can write there, too, a directory may become a link to a place that this user alone may read, after it
+    was looked at.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._top = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._parent = ("", os.dup(self._top))
+        """The last directory that was asked for. Others come one after the other."""
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._parent[1])
+        os.close(self._top)
+
+    def open(self, path: str, flags: int) -> int:
+        """Open a file or directory to be read.
+
+        Raises:
+            OSError: it cannot be read, or there is a link on the way.
+        """
+        parent, name = os.path.split(path)
+        return os.open(name, flags | os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory(parent))
+
+    def readlink(self, path: str) -> str:
+        """Where a symbolic link leads.
+
+        Raises:
+            OSError: it is none, or there is another one on the way.
+        """
+        parent, name = os.path.split(path)
+        return os.readlink(name, dir_fd=self._directory(parent))
+
+    def _directory(self, path: str) -> int:
+        known, descriptor = self._parent
+        if path != known:
+            opened = os.dup(self._top)
+            for name in filter(None, path.split("/")):
+                above = opened
+                try:
+                    opened = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+                finally:
+                    os.close(above)
+            os.close(descriptor)
+            self._parent = (path, opened)
+        return self._parent[1]
+
+
 def check(directory: Path, home: Path | None) -> None:
     """Refuse a directory that cannot be, or was not meant to be, an image cache.
 
@@ -199,7 +257,12 @@ def check(directory: Path, home: Path | None) -> None:
 def clone(source: Path, copy: Path) -> None:
     """Copy the file *source* to the new file *copy*, with mode and times; they share blocks where that is possible."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(source, flags), "rb") as reader, copy.open("xb") as writer:
+    with open(os.open(source, flags), "rb") as reader:
+        _clone(reader, copy)
+
+
+def _clone(reader: BinaryIO, copy: Path) -> None:
+    with copy.open("xb") as writer:
         state = os.fstat(reader.fileno())
         try:
             fcntl.ioctl(writer, _FICLONE, reader.fileno())

@@ -57,6 +57,18 @@ def danger(directory: Path, *, shared: bool = False) -> Danger | None:
     return None
 
 
+def danger_of_file(file: Path) -> Danger | None:
+    """What lets others write to *file*, or put another in its place. Of devices, root has decided that."""
+    real = Path(os.path.realpath(file))
+    state = real.stat()
+    if stat.S_ISREG(state.st_mode):
+        if is_foreign(state):
+            return Danger(real, "it belongs to another user")
+        if others_can_write(real, state):
+            return Danger(real, "others can write to it")
+    return danger(real.parent, shared=True)
+
+
 def make_private(directory: Path) -> None:
     """Make *directory* and those it is in, as far as they are missing, for this user alone; whose it is, is not said.
 

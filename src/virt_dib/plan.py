@@ -25,6 +25,7 @@ from virt_dib import (
     image_cache,
     layout,
     online,
+    ownership,
     prerequisites,
     releases,
     sandbox,
@@ -165,7 +166,10 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         facts=facts,
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
         cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
-        warnings=_warnings(spec, staging, environ),
+        warnings=(
+            *_warnings(spec, staging, environ),
+            *(problem.message for problem in _shared_places(spec, workspace)),
+        ),
     )
 
 
@@ -335,6 +339,19 @@ def _warnings(spec: BuildSpec, staging: Staging, environ: Mapping[str, str]) -> 
         return ()
     seen = {name: value for name, value in environ.items() if name not in spec.variables}
     return tuple(f"extra-data.d: {problem.message}" for problem in online.proxy_problems(seen))
+
+
+def _shared_places(spec: BuildSpec, workspace: Path) -> Iterator[Problem]:
+    """What other users could do to the build, where the user has chosen a place that they can write to."""
+    found = ownership.danger(workspace.parent, shared=True)
+    if found is not None:
+        yield Problem(f"others can replace the files of this build: '{found.path}': {found.reason}")
+    found = None if spec.image_cache is None else ownership.danger(spec.image_cache)
+    if found is not None:
+        yield Problem(f"others can change the image cache, which gets into images: '{found.path}': {found.reason}")
+    found = None if spec.drive is None else ownership.danger_of_file(spec.drive)
+    if found is not None:
+        yield Problem(f"others can change the helper drive, which gets into images: '{found.path}': {found.reason}")
 
 
 def _type(path: Path) -> int | None:

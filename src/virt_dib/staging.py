@@ -138,7 +138,11 @@ class Staging:
             with self._copying(module, ToolError, "make it readable, or install diskimage-builder again"):
                 self._copy(module, site / module.name, leave_out=("__pycache__", "tests", "elements", "*.so"))
         tools.run(
-            [compiled_by, "-I", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", site],
+            [
+                *(compiled_by, "-I", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"),
+                # Or the guest would see where it was on the host.
+                *("-s", site, "-p", f"{GUEST}/site", site),
+            ],
             doing="compiling DIB's Python modules",
             umask=0o022,
             check=False,

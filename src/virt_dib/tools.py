@@ -123,7 +123,7 @@ def started(
     """
     arguments = [os.fspath(part) for part in command]
     try:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - without a shell, and by an absolute path
             arguments,
             stdin=stdin,
             stdout=stdout,
@@ -154,7 +154,8 @@ def attended(command: Sequence[str | Path], *, environment: Mapping[str, str]) -
     """
     arguments = [os.fspath(part) for part in command]
     try:
-        process = subprocess.Popen(arguments, executable=_executable(arguments[0]), env=dict(environment))
+        path = _executable(arguments[0])
+        process = subprocess.Popen(arguments, executable=path, env=dict(environment))  # noqa: S603 - as in started
     except OSError as error:
         raise ToolError(f"cannot start '{arguments[0]}': {error.strerror}") from error
     try:
