@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -35,16 +36,23 @@ PIECES = st.sampled_from(
         b"a",
         b"\x00",
     ]
-    + [c.encode() for c in "\x9b\x9d\x9c\x85\u202e\u2066é€😀"]
+    + [c.encode() for c in "\x9b\x9d\x9c\x85\u202e\u2066\u200b\u2028\ufeff\U000e0041é€😀"]
     + [b"\xe2\x82", b"\xff", b"\xc2", b"x" * 1020, b"\x1b]" + b"y" * 1025]
 )
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+MARKS = "\u200e\u200f\u061c"
 STREAMS = st.one_of(st.binary(max_size=200), st.lists(PIECES, max_size=40).map(b"".join))
 
 
 @given(STREAMS)
 def test_no_control_character_but_newline_and_tab_comes_through(data: bytes) -> None:
-    bad = [c for c in sanitised(data) if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160]
+    bad = [c for c in sanitised(data) if c not in "\n\t" and unicodedata.category(c) in ("Cc", "Zl", "Zp")]
     assert bad == []
+
+
+@given(STREAMS)
+def test_nothing_comes_through_that_cannot_be_seen_or_turns_text_around(data: bytes) -> None:
+    assert [c for c in sanitised(data) if unicodedata.bidirectional(c) in ("BN", *TURNING) or c in MARKS] == []
 
 
 @given(STREAMS, st.lists(st.integers(min_value=0, max_value=2200), max_size=12))
@@ -55,7 +63,7 @@ def test_text_does_not_depend_on_how_the_bytes_were_cut(data: bytes, cuts: list[
     assert sanitised(*(data[i : i + 1] for i in range(len(data)))) == sanitised(data)
 
 
-@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Cf"])))
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"])))
 def test_harmless_text_comes_through_as_it_is(text: str) -> None:
     assert sanitised(text.encode()) == text
 
@@ -73,6 +81,14 @@ def test_harmless_text_comes_through_as_it_is(text: str) -> None:
         pytest.param(b"\r 1%\r 2%\r100%\r\ndone\r\n", " 1%\n 2%\n100%\ndone\n", id="progress bar"),
         pytest.param(b"one\r\r\n\r\ntwo", "one\n\ntwo", id="line ends"),
         pytest.param("a\u202eb".encode(), "ab", id="right-to-left override"),
+        pytest.param(
+            "Make\u200bfile \u2066a\u2069 \ufeffb \u200fc\xad\U000e0041".encode(), "Makefile a b c", id="unseen"
+        ),
+        pytest.param("a\u2028b\u2029c".encode(), "abc", id="other line ends"),
+        pytest.param(b"\x1b]52;c;cm0gLXJmIC8=\x07x\x1b]52;c;!\x1b\\y", "xy", id="clipboard"),
+        pytest.param(b"\x1b[6n\x1b[c\x1bZ\x05x", "x", id="what a terminal answers"),
+        pytest.param(b"a\x1b[1;1H\x1b[2J\x1bM\x1b[?1049hb", "ab", id="cursor"),
+        pytest.param(b"\x00\x1b\x00[\x0031m\xe2\x00\x80\xaee", "e", id="NULs within"),
         pytest.param(b"\xff\xfe caf\xc3\xa9", "\ufffd\ufffd café", id="not UTF-8"),
         pytest.param(b"\x1b[12", "12", id="sequence that never ends"),
         pytest.param(b"end\x1b", "end", id="escape at the end"),

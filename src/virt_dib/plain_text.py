@@ -16,16 +16,19 @@ _STRING_LIMIT = 1024
 _CSI = r"(?:(?<=\x1b)\[|(?<=\x9b))[0-?]{0,64}[ -/]{0,8}"
 _STRING = rf"(?:(?<=\x1b)[\]PX^_]|(?<=[\x90\x98\x9d-\x9f]))[^\x07\x0a\x1b\x80-\x9f]{{0,{_STRING_LIMIT}}}"
 _ESCAPE = r"(?<=\x1b)[ -/]{0,8}"
-_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+_INVISIBLE = r"\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+_CONTROL = rf"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_INVISIBLE}]"
 
 _HARMFUL = re.compile(rf"{_CONTROL}(?:{_CSI}[@-~]|{_STRING}(?:\x07|\x1b\\|\x9c)|{_ESCAPE}[0-~])?")
-"""Whole escape sequences (ECMA-48, 7-bit and 8-bit), other control characters, and what turns the
-direction of text around. The parts of a sequence have limits, lest one that never ends hide the rest.
-It begins with one set of characters, and looks back at what it was, because that makes it fast."""
+"""Whole escape sequences (ECMA-48, 7-bit and 8-bit), other control characters, and what turns the direction of text
+around or cannot be seen, so that a name looks like another. The parts of a sequence have limits, lest one that never
+ends hide the rest. It begins with one set of characters, and looks back at what it was, because that makes it fast."""
 _OPEN = re.compile(rf"{_CONTROL}(?:{_CSI}|{_STRING}\x1b?|{_ESCAPE})\Z")
 """What may become a whole sequence with more text. Never begins within a whole one."""
 _PLAIN = bytes([*b"\t\n\r", *range(0x20, 0x7F)])
 """The bytes of text without anything harmful, or not ASCII, in it."""
+_DROPPED = bytes([*range(7), *b"\x08\x0b\x0c", *range(0x0E, 0x18), 0x19, *range(0x1C, 0x20), 0x7F])
+"""Control characters that neither begin nor end anything. A terminal drops most of them from a sequence too."""
 _LONGEST_OPEN = _STRING_LIMIT + 8
 
 
@@ -47,7 +50,7 @@ class Sanitiser:
         """Return the text that *data* adds."""
         if not (self._open or self._decoder.getstate()[0] or data.translate(None, _PLAIN)):
             return self._settle(data.decode("ascii"))
-        text = self._open + self._decoder.decode(data)
+        text = self._open + self._decoder.decode(data.translate(None, _DROPPED))
         found = _OPEN.search(text, max(0, len(text) - _LONGEST_OPEN))
         end = found.start() if found else len(text)
         self._open = text[end:]
