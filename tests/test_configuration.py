@@ -432,7 +432,7 @@ def test_the_line_is_the_one_of_the_key(text: str, line: int, surroundings: dict
         (b"smp = 2\n# caf\xe9\n", "in {}:2: this is not UTF-8"),
         (b"\xff\xfes\0m\0p\0", "in {}:1: this is not UTF-8"),
         (b"smp = 2\0", "in {}:1: this is not TOML: "),
-        (b"#" * ((1 << 16) + 1), "cannot read the configuration file '{}': it has more than 64 KiB"),
+        (b"#" * ((1 << 16) + 1), "cannot read the configuration file '{}': larger than 64 KiB"),
     ],
     ids=range(11),
 )
@@ -456,10 +456,13 @@ def test_files_that_cannot_be_read(surroundings: dict[str, str], user: Path, tmp
     assert told({**surroundings, "VIRT_DIB_CONFIG": str(missing)}) == [message]
     assert told(surroundings, "--config", str(missing)) == [message]
     assert told(surroundings, "--config", "a\0b") == ["cannot read the configuration file 'a\0b': embedded null byte"]
+    os.mkfifo(tmp_path / "fifo")
+    message = f"cannot read the configuration file '{tmp_path / 'fifo'}': it is a FIFO that nobody writes to"
+    assert told(surroundings, "--config", str(tmp_path / "fifo")) == [message]
     (empty,) = told(surroundings, "--config=")
     assert empty.startswith("cannot read the configuration file '")
     (endless,) = told(surroundings, "--config=/dev/zero")
-    assert endless.endswith("it has more than 64 KiB")
+    assert endless.endswith("larger than 64 KiB")
 
 
 def test_a_file_that_the_user_may_not_read(surroundings: dict[str, str], user: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -576,12 +577,15 @@ def test_a_very_wrong_file_is_told_in_part(write: Write) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    paths = [tmp_path / "none.yaml", tmp_path / "dir", tmp_path / "fifo", Path("/dev/zero"), Path("a\0b")]
     with pytest.raises(UsageError) as caught:
-        image_file.read([tmp_path / "none.yaml", tmp_path / "dir", Path("/dev/zero"), Path("a\0b")])
+        image_file.read(paths)
     assert [problem.message for problem in caught.value.problems] == [
         f"reading '{tmp_path}/none.yaml': No such file or directory",
         f"reading '{tmp_path}/dir': Is a directory",
-        "reading '/dev/zero': it is longer than 4 MiB",
+        f"reading '{tmp_path}/fifo': it is a FIFO that nobody writes to",
+        "reading '/dev/zero': larger than 4 MiB",
         "reading 'a\0b': there cannot be such a file",
     ]
 

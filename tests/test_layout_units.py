@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from helpers import make_element
-from virt_dib import layout, tools
+from virt_dib import device_config, layout, tools
 from virt_dib.dib import DibInstallation, find_installation
 from virt_dib.elements import Element, discover
 from virt_dib.errors import ToolError, UsageError
@@ -83,9 +83,10 @@ def made_up_cases() -> list[Case]:
             "DIB_IMAGE_SIZE": chosen.choice(["", "", "5", "2.5", ".75", "1e1", "0.00001"]),
             "DIB_IMAGE_EXTRA_SIZE": chosen.choice(["", "0", "100", "33.3", f"{chosen.random() * 500:.5f}"]),
             "DIB_JOURNAL_SIZE": chosen.choice(["", "8", "128", str(chosen.randrange(1, 1024))]),
-            "MAX_ONLINE_RESIZE": chosen.choice(["", "1099511627776"]),
         }
-        cases.append((chosen.randrange(1, 1 << 28), chosen.choice(["ext4", "xfs", "btrfs"]), "vm", values))
+        fstype = chosen.choice(["ext4", "xfs", "btrfs"])
+        values["MAX_ONLINE_RESIZE"] = chosen.choice(["", "1099511627776"]) if fstype == "ext4" else ""
+        cases.append((chosen.randrange(1, 1 << 28), fstype, "vm", values))
     return cases
 
 
@@ -139,19 +140,33 @@ json.dump(answers, sys.stdout)
 def test_sizes_in_the_configuration_are_those_of_dib(dib: DibInstallation) -> None:
     environment = {"PYTHONPATH": str(dib.package_dir.parent)}
     answers = tools.run([dib.python, "-c", ASK_DIB, *SIZES], doing="asking DIB", environment=environment).stdout
-    ours: list[int | None] = []
-    for text in SIZES:
-        try:
-            ours.append(layout.config_size_bytes(text))
-        except UsageError:
-            ours.append(None)
-    assert dict(zip(SIZES, ours, strict=True)) == dict(zip(SIZES, json.loads(answers), strict=True))
+    ours = {text: device_config.size_bytes(text) for text in SIZES}
+    assert ours == dict(zip(SIZES, json.loads(answers), strict=True))
 
 
 @pytest.mark.parametrize("value", ["0", "0G", "9" * 400, "9" * 400 + "TiB", "99999999TiB", None, ["1G"]])
 def test_sizes_in_the_configuration_that_no_disk_has(value: object) -> None:
-    with pytest.raises(UsageError, match="as the size of a local_loop"):
-        layout.config_size_bytes(value)
+    assert device_config.size_bytes(value) is None
+
+
+@pytest.mark.parametrize("variables", [{"DIB_IMAGE_SIZE": "2049"}, {"DIB_IMAGE_EXTRA_SIZE": "3000000"}])
+def test_an_image_larger_than_its_disk(variables: Mapping[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"an image of [23] TiB is too large: at most 2 TiB"):
+        layout.image_size_kib(spec_of(variables), [], "xfs", 1000)
+    assert layout.image_size_kib(spec_of({"DIB_IMAGE_SIZE": "2048"}), [], "xfs", 1000) == 2 << 30
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1e5", "1 -d /etc", "1" * 30])
+def test_a_number_of_blocks_that_is_none(value: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot use '{value}' as MAX_ONLINE_RESIZE"):
+        layout.mkfs_options(spec_of({"MAX_ONLINE_RESIZE": value}), "ext4")
+
+
+def test_blocks_that_a_file_system_has_no_use_for() -> None:
+    spec = spec_of({"MAX_ONLINE_RESIZE": "10T"})
+    assert layout.mkfs_options(spec, "ext3") == "-E resize=10T"
+    with pytest.raises(UsageError, match="the root file system is 'xfs'"):
+        layout.mkfs_options(spec, "xfs")
 
 
 # ---- the configuration ----
@@ -198,7 +213,7 @@ def test_the_configuration_of_an_element(tmp_path: Path, dib: DibInstallation) -
 
 def test_a_variable_that_is_not_utf_8(tmp_path: Path, dib: DibInstallation) -> None:
     spec = spec_of({"DIB_BLOCK_DEVICE_CONFIG": b"# \xff\n".decode(errors="surrogateescape") + TWO_IMAGES})
-    with pytest.raises(UsageError, match="DIB_BLOCK_DEVICE_CONFIG: it is not UTF-8"):
+    with pytest.raises(UsageError, match="DIB_BLOCK_DEVICE_CONFIG': it is not UTF-8"):
         layout.prepare(spec, [], dib, tmp_path / "scratch")
 
 

@@ -134,6 +134,7 @@ def test_modules_come_without_what_the_guest_does_not_need(tmp_path: Path, conte
         (tmp_path / path).write_text("X = 1\n")
     (tmp_path / "single.py").write_text("Y = 2\n")
     content.add_modules([tmp_path / "package", tmp_path / "single.py"], Path(sys.executable))
+    content.finish()
     site = content.directory / "site"
     files = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.suffix != ".pyc" and path.is_file()}
     assert files == {"package/sub/mod.py", "single.py"}

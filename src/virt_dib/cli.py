@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from virt_dib import configuration, tools
 from virt_dib.command_line import CommandLine, parse
-from virt_dib.errors import Interrupted, UsageError, VirtDibError
+from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
 from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
@@ -25,6 +25,8 @@ _RED = "31;1"
 _INDENT = 4
 _MASK = Mask({})
 """For errors from before a build; what a build has raised, it has looked through itself."""
+_MOST_PROBLEMS = 100
+"""More scroll the first ones away, and a list of dependencies may hold any number."""
 
 
 def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) -> int:
@@ -32,7 +34,9 @@ def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) 
     try:
         return body()
     except VirtDibError as error:
-        for problem in error.problems:
+        rest = len(error.problems) - _MOST_PROBLEMS
+        more = [Problem(f"{rest} more mistakes", "mend the first ones first")] if rest > 0 else []
+        for problem in (*error.problems[:_MOST_PROBLEMS], *more):
             _complain(style, f"{prog}: {translated('error')}: {one_line(translated(problem.message))}", _RED)
             for line in problem.details:
                 write_out(sys.stderr, f"    {printable(_MASK(line))}\n")
@@ -94,7 +98,7 @@ def _list_elements(command: CommandLine) -> int:
     tools.require_working_directory()
     # DIB takes any directory for an element; these are nobody's choice.
     names = [name for name in sorted(plan.find_elements(command.spec)) if not name.startswith(("_", "."))]
-    write_out(sys.stdout, "".join(f"{printable(name)}\n" for name in names))
+    write_out(sys.stdout, "".join(f"{one_line(name)}\n" for name in names))
     return 0
 
 

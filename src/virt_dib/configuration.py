@@ -19,6 +19,7 @@ from pathlib import Path
 
 from virt_dib import kvm, ownership
 from virt_dib.errors import Problem, UsageError
+from virt_dib.files import read_any
 from virt_dib.options import BY_NAME, GROUPS, OFFERS, PROG, Given, Offer, Takes, closest
 from virt_dib.plain_text import printable
 
@@ -279,25 +280,20 @@ def _read(file: Path, *, named: bool) -> str | None:
         UsageError: it cannot be read, or somebody else may have written what was found there.
     """
     try:
-        with open(file, "rb") as stream:
-            if not named:
-                _require_trust(file, os.fstat(stream.fileno()))
-            content = stream.read(_LONGEST_FILE_BYTES + 1)
+        content = read_any(
+            file, _LONGEST_FILE_BYTES, accept=lambda state: None if named else _require_trust(file, state)
+        )
     except (OSError, ValueError) as error:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not named:
             return None
-        reason = ((isinstance(error, OSError) and error.strerror) or str(error)).lower()
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        reason = reason[:1].lower() + reason[1:]
         raise UsageError(
             f"cannot read the configuration file '{file}': {reason}",
             hint="--config or VIRT_DIB_CONFIG names it; name one that can be read"
             if named
             else "make it readable, or name another one: --config FILE",
         ) from error
-    if len(content) > _LONGEST_FILE_BYTES:
-        raise UsageError(
-            f"cannot read the configuration file '{file}': it has more than {_LONGEST_FILE_BYTES >> 10} KiB",
-            hint="is it another file?",
-        )
     try:
         return content.decode()
     except UnicodeDecodeError as error:

@@ -12,13 +12,13 @@ import difflib
 import enum
 import os
 import re
-import stat
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from virt_dib.errors import ElementError, Problem, UsageError
+from virt_dib.files import read_regular
 from virt_dib.releases import NEWEST, DefaultBlockDevice, Rules
 
 OPERATING_SYSTEM = "operating-system"
@@ -26,6 +26,13 @@ _ARM = ("arm64", "aarch64")
 _LARGEST_LIST_BYTES = 16 * 1024**2
 _BLANKS = re.compile(r"[ \t\n]+")
 _LINE_ENDS = re.compile(r"[\r\n]+")
+_MARK = re.compile(
+    r"""element-(?:deps|provides)|(?:root|extra-data|(?:pre-|post-)?install|post-root|block-device|(?:pre-)?finalise
+    |cleanup|environment|init|binary-deps)\.d|package-installs.*|pkg-map|svc-map|source-repository-.+
+    |block-device-.+\.yaml|README\.rst""",
+    re.VERBOSE,
+)
+"""What only elements have in them."""
 _MOST_EXAMPLES = 5
 _MOST_SUGGESTIONS = 20
 """Names that a close match is looked for; a search costs milliseconds, and a file may hold 100,000 names."""
@@ -72,13 +79,16 @@ def discover(search_path: Sequence[Path], rules: Rules = NEWEST) -> Mapping[str,
     for directory in search_path:
         try:
             entries = [entry.name for entry in directory.iterdir()]
+            # Otherwise names are all that can be seen of what is in it.
+            os.stat(f"{directory}/.")
         except OSError as error:
             message = f"looking for elements in '{directory}': {error.strerror}"
             problems.append(Problem(message, "give directories that hold elements with -p"))
             continue
         paths = [(entry, Path(os.path.realpath(directory / entry))) for entry in entries]
         for entry, path in sorted(paths, key=lambda pair: (pair[0] != pair[1].name, pair[0])):
-            if _is_directory(path):
+            # A link to / has no name.
+            if os.path.isdir(path) and path.name:
                 candidates.setdefault(path.name if rules.follows_links else entry, path)
     if problems:
         raise UsageError.of(problems)
@@ -86,6 +96,27 @@ def discover(search_path: Sequence[Path], rules: Rules = NEWEST) -> Mapping[str,
     if problems:
         raise ElementError.of(problems)
     return found
+
+
+def strange(path: Path, search_path: Sequence[Path]) -> bool:
+    """Whether the directory *path* is none that can be meant: outside of the *search_path*, and without any mark.
+
+    Links in a search path lead to elements elsewhere, but not all elements come from people who may show a home
+    directory, or the keys in it, to their scripts.
+    """
+    if any(is_below(path, directory) for directory in search_path):
+        return False
+    try:
+        return not any(_MARK.fullmatch(name) for name in os.listdir(path))
+    except OSError:
+        # It will be told when it is copied.
+        return False
+
+
+def is_below(path: Path, directory: Path) -> bool:
+    """Whether the real *path* is in the *directory*, or is it."""
+    real = Path(os.path.realpath(directory))
+    return path == real or real in path.parents
 
 
 def requested(
@@ -248,14 +279,6 @@ def _quoted(names: Sequence[str], conjunction: str) -> str:
     return f"{', '.join(firsts)} {conjunction} {last}" if firsts else last
 
 
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        # In a directory that may not be searched.
-        return False
-
-
 def _load(name: str, path: Path, problems: list[Problem]) -> Element:
     return Element(
         name=name,
@@ -268,7 +291,7 @@ def _load(name: str, path: Path, problems: list[Problem]) -> Element:
 def _read_names(path: Path, problems: list[Problem]) -> frozenset[str]:
     """The names in *path*, one on a line; none if there is no such file."""
     try:
-        text = _read_regular(path).decode()
+        text = read_regular(path, _LARGEST_LIST_BYTES).decode()
     except FileNotFoundError:
         return frozenset()
     except UnicodeDecodeError:
@@ -278,15 +301,3 @@ def _read_names(path: Path, problems: list[Problem]) -> frozenset[str]:
         problems.append(Problem(f"reading '{path}': {error.strerror}", "make it a file that can be read, or remove it"))
         return frozenset()
     return frozenset(name for line in _LINE_ENDS.split(text) if (name := line.strip()))
-
-
-def _read_regular(path: Path) -> bytes:
-    # O_NONBLOCK: a FIFO without a writer would hold the open for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(0, "not a regular file")
-        content = stream.read(_LARGEST_LIST_BYTES + 1)
-    if len(content) > _LARGEST_LIST_BYTES:
-        raise OSError(0, f"larger than {_LARGEST_LIST_BYTES // 1024**2} MiB")
-    return content

@@ -10,15 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import stat
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from virt_dib.elements import Element
+from virt_dib.elements import Element, is_below
 from virt_dib.errors import ElementError, Problem, ToolError
+from virt_dib.files import NOT_THERE, copy_regular
 from virt_dib.spec import Phase
 
 _SCRIPT_NAME = re.compile(r"[0-9A-Za-z_-]+")
@@ -76,18 +76,21 @@ def order_environment(names: Iterable[str]) -> list[str]:
     return sorted((name for name in names if _ENVIRONMENT_NAME.fullmatch(name)), key=os.fsencode)
 
 
-def compose(elements: Sequence[Element], into: Path, *, excluded_scripts: frozenset[str]) -> HookTree:
+def compose(
+    elements: Sequence[Element], into: Path, *, excluded_scripts: frozenset[str], search_path: Sequence[Path] = ()
+) -> HookTree:
     """Merge the directories of *elements* into the directory *into*, which is empty or does not exist.
 
     *excluded_scripts* are left out of the directories of phases, whichever element has them. Links are
-    copied as links, and nothing is written through one.
+    copied as links, and nothing is written through one. A hook directory may be one, to a place beside its element
+    or in the *search_path*: elsewhere are files of the host that elements are not to have.
 
     Raises:
         ElementError: all scripts that two elements have, and all files that cannot be copied; *into* is
             then incomplete.
         ToolError: no space on this host.
     """
-    merge = _Merge(into=into, excluded_scripts=excluded_scripts)
+    merge = _Merge(into=into, excluded_scripts=excluded_scripts, search_path=search_path)
     try:
         into.mkdir(parents=True, exist_ok=True)
         for element in elements:
@@ -133,6 +136,7 @@ class _Merge:
 
     into: Path
     excluded_scripts: frozenset[str]
+    search_path: Sequence[Path]
     owners: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     _made: dict[str, str] = field(default_factory=dict)
@@ -146,7 +150,7 @@ class _Merge:
             if mode is None:
                 continue
             if stat.S_ISDIR(mode):
-                if source.name not in _NOT_HOOKS:
+                if source.name not in _NOT_HOOKS and self._may_show(element, source):
                     self._add_hook_directory(element, source)
             elif stat.S_ISREG(mode):
                 if not source.name.endswith(".pyc"):
@@ -187,6 +191,18 @@ class _Merge:
             else:
                 self._refuse_special(entry.source)
 
+    def _may_show(self, element: Element, directory: Path) -> bool:
+        real = Path(os.path.realpath(directory))
+        if any(is_below(real, place) for place in (element.path.parent, *self.search_path)):
+            return True
+        self.problems.append(
+            Problem(
+                f"copying '{directory}': it is a link to '{real}', where no elements are",
+                "have a copy of that in the element: scripts see nothing else of this host",
+            )
+        )
+        return False
+
     def _is_excluded(self, directory: Path, path: Path) -> bool:
         wanted_out = directory.name in _PHASE_DIRECTORIES and path.name in self.excluded_scripts
         return wanted_out and _is_executable(path)
@@ -219,7 +235,7 @@ class _Merge:
             # What is there may be a link of another element, to any place.
             target.unlink(missing_ok=True)
             _copy(entry.source, target)
-        except (OSError, shutil.SpecialFileError) as error:
+        except OSError as error:
             self._cannot_copy(entry.source, error)
         self.owners[entry.relative] = element.name
 
@@ -236,7 +252,7 @@ class _Merge:
             return path.stat(follow_symlinks=follow).st_mode
         except OSError as error:
             # Not Path.is_symlink, which raises where a path is too long.
-            if not os.path.islink(path):
+            if error.errno not in NOT_THERE or not os.path.islink(path):
                 self._cannot_copy(path, error)
             return None
 
@@ -252,17 +268,21 @@ class _Merge:
         message = f"copying '{source}': it is a device, FIFO or socket"
         self.problems.append(Problem(message, "remove it from the element"))
 
-    def _cannot_copy(self, source: Path, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno in _HOST_IS_FULL:
+    def _cannot_copy(self, source: Path, error: OSError) -> None:
+        if error.errno in _HOST_IS_FULL:
             raise error
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        self.problems.append(Problem(f"copying '{source}': {reason}", "make all of the element readable"))
+        reason = error.strerror or str(error)
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        hint = "make all of the element readable" if denied else "mend it, or take it out of the element"
+        self.problems.append(Problem(f"copying '{source}': {reason}", hint))
 
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a file or a link, with mode and times, without owner and extended attributes: those are the host's."""
-    # Refuses a FIFO put there meanwhile; of a link it copies the link.
-    shutil.copyfile(source, target, follow_symlinks=False)
+    if source.is_symlink():
+        target.symlink_to(os.readlink(source))
+    else:
+        copy_regular(source, target)
     _copy_attributes(source.lstat(), target)
 
 

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import BinaryIO, final
 
 from virt_dib import staging
 from virt_dib.errors import ApplianceError, ToolError, UsageError, reason_of
+from virt_dib.files import copy_content
 from virt_dib.interrupts import shielded
 
 LIMIT_BYTES = 64 * 1024**3
@@ -267,7 +267,7 @@ def _clone(reader: BinaryIO, copy: Path) -> None:
         try:
             fcntl.ioctl(writer, _FICLONE, reader.fileno())
         except OSError:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            copy_content(reader.fileno(), writer.fileno())
         os.fchmod(writer.fileno(), stat.S_IMODE(state.st_mode) & 0o777 | stat.S_IRUSR)
     os.utime(copy, ns=(state.st_atime_ns, state.st_mtime_ns))
 

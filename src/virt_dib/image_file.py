@@ -19,6 +19,7 @@ import yaml
 
 from virt_dib import masking
 from virt_dib.errors import Problem, UsageError
+from virt_dib.files import read_any
 from virt_dib.options import closest
 
 _T = TypeVar("_T")
@@ -237,15 +238,10 @@ def _words(key: Key, value: Value) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_LONGEST_BYTES + 1)
+        data = read_any(path, _LONGEST_BYTES)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "there cannot be such a file"
         raise UsageError(f"reading '{path}': {why}", hint="name a file of images that you can read") from error
-    if len(data) > _LONGEST_BYTES:
-        raise UsageError(
-            f"reading '{path}': it is longer than {_LONGEST_BYTES >> 20} MiB", hint="is this a file of images?"
-        )
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from typing import Any
 
 import yaml
 
+from virt_dib import device_config, tools
 from virt_dib import environment as contract
-from virt_dib import tools
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
-from virt_dib.errors import ToolError, UsageError
+from virt_dib.errors import ToolError, UsageError, VirtDibError
 from virt_dib.releases import NEWEST, DiskMaker, Rules
 from virt_dib.spec import LARGEST_DISK_BYTES, BuildSpec
 
@@ -32,25 +31,9 @@ _SLICE_BYTES = 1 << 41
 OUTPUT_IMAGE = "image0"
 """The node whose disk becomes the output; DIB has the name hard-wired (contract section 3.1)."""
 
-_ROOT_NODE = "mkfs_root"
-"""The file system that DIB gives the root's label, type and options (contract section 3.1)."""
-_SECTOR_BYTES = 512
 _PLAIN_OPTIONS = re.compile(r"(?: -[bCgGiIJmNOTE] ?[^ -][^ ]*| -[jq])*")
 FILLABLE = ("ext2", "ext3", "ext4")
 """The file systems that mke2fs makes with their content in them."""
-
-_FALLBACK = """\
-- local_loop:
-    name: image0
-    mkfs:
-      name: mkfs_root
-      mount:
-        mount_point: /
-        fstab:
-          options: "defaults"
-          fsck-passno: 1
-"""
-"""One file system on the whole disk: what DIB takes when no element brings a configuration."""
 
 _ANSWERS = {
     "root_label": ("getval:root-label", "DIB_ROOT_LABEL"),
@@ -101,6 +84,8 @@ class Layout:
     """Length of the image disk, nearly all of it a hole."""
     parts: Sequence[Part]
     """In the order of mounting, the root first; none where the root is not fillable."""
+    file_systems: tuple[str, ...]
+    """The types of those that are made."""
 
 
 def guest_script(name: str) -> Path:
@@ -117,7 +102,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
     """
     if dib.rules.disk_maker is not DiskMaker.CONFIGURATION:
         return _runners_layout(spec, dib.rules)
-    config = _choose_config(spec, elements)
+    config = device_config.choose(spec, elements)
     scratch.mkdir()
     (scratch / "config.yaml").write_text(config, encoding="utf-8")
     params = {
@@ -129,9 +114,8 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         "build-dir": str(scratch),
     }
     questions = {name: key for name, (key, variable) in _ANSWERS.items() if variable not in dib.rules.absent}
-    answers = _ask(params, ["init", *questions.values(), "check"], spec, dib, scratch)
+    answers, nodes = _ask(params, ["init", "check", *questions.values()], spec, dib, scratch)
     none = dict.fromkeys(_ANSWERS, "")
-    nodes = json.loads((scratch / "states" / "block-device" / "config.json").read_text())
     images = _images(nodes, spec)
     guest_params = params | {
         "config": f"{contract.BUILD_DIR}/block-device/config.yaml",
@@ -147,6 +131,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         discarded=tuple(image.name for image in images[1:]),
         disk_bytes=max(image.offset_bytes + (image.size_bytes or _slice_bytes(spec)) for image in images),
         parts=_parts(nodes, spec),
+        file_systems=device_config.file_systems(nodes),
     )
 
 
@@ -171,6 +156,7 @@ def _runners_layout(spec: BuildSpec, rules: Rules) -> Layout:
         discarded=(),
         disk_bytes=_slice_bytes(spec),
         parts=(),
+        file_systems=(spec.fs_type,),
     )
 
 
@@ -180,7 +166,7 @@ def image_size_kib(
     """The size of the image: ``--size``, or what DIB computes from the tree by its *rules* (contract section 1.7).
 
     Raises:
-        UsageError: a variable that sizes depend on is not a number.
+        UsageError: a variable that sizes depend on is not a number, or the image is too large.
     """
     if spec.size_bytes is not None:
         return spec.size_bytes // 1024
@@ -197,8 +183,16 @@ def image_size_kib(
     if any("block-device-efi" in element.name for element in elements):
         size_kib += _EFI_EXTRA_KIB
     if wanted is None and not rules.exact_sizes:
-        return (size_kib // _IMAGE_STEP_KIB + 1) * _IMAGE_STEP_KIB
-    return -(-size_kib // _IMAGE_STEP_KIB) * _IMAGE_STEP_KIB
+        size_kib = (size_kib // _IMAGE_STEP_KIB + 1) * _IMAGE_STEP_KIB
+    else:
+        size_kib = -(-size_kib // _IMAGE_STEP_KIB) * _IMAGE_STEP_KIB
+    if size_kib * 1024 > _SLICE_BYTES:
+        raise UsageError(
+            f"an image of {size_kib >> 30} TiB is too large: at most {_SLICE_BYTES >> 40} TiB, if --size does not say "
+            "its size",
+            hint="give it a --size, or less as DIB_IMAGE_SIZE or DIB_IMAGE_EXTRA_SIZE",
+        )
+    return size_kib
 
 
 def mkfs_options(spec: BuildSpec, root_fstype: str, rules: Rules = NEWEST) -> str:
@@ -210,8 +204,26 @@ def mkfs_options(spec: BuildSpec, root_fstype: str, rules: Rules = NEWEST) -> st
         if spec.variables.get("DIB_RELEASE") == "trusty":
             # Its fsck does not know the checksums and takes them for damage.
             options = f"-O ^metadata_csum {options}"
-    resize = spec.variables.get("MAX_ONLINE_RESIZE")
+    resize = _online_resize(spec, root_fstype)
     return f"-E resize={resize} {options}".strip() if resize else options.strip()
+
+
+def _online_resize(spec: BuildSpec, root_fstype: str) -> str:
+    text = spec.variables.get("MAX_ONLINE_RESIZE", "")
+    if not text:
+        return ""
+    if root_fstype not in FILLABLE:
+        raise UsageError(
+            f"cannot use MAX_ONLINE_RESIZE: only {', '.join(FILLABLE)} know it, and the root file system is "
+            f"'{root_fstype}'",
+            hint="leave it out, or choose another --fs-type",
+        )
+    if not _BLOCKS.fullmatch(text):
+        raise UsageError(
+            f"cannot use '{text}' as MAX_ONLINE_RESIZE",
+            hint="--envvar MAX_ONLINE_RESIZE=N wants a whole number of blocks greater than 0",
+        )
+    return text
 
 
 def journal_mib(spec: BuildSpec) -> int:
@@ -238,48 +250,10 @@ def params_text(layout: Layout, *, size_kib: int | None = None, options: str = "
     return str(yaml.safe_dump(params))
 
 
-def _choose_config(spec: BuildSpec, elements: Sequence[Element]) -> str:
-    """DIB's order: the variable (text, or ``file://``), an element's file, one file system."""
-    given = spec.variables.get("DIB_BLOCK_DEVICE_CONFIG", "")
-    if given.startswith("file://"):
-        path = Path(given.removeprefix("file://"))
-        return _read(path, hint="check DIB_BLOCK_DEVICE_CONFIG: file:// and an absolute path to text in UTF-8")
-    if given:
-        if not _is_utf8(given):
-            raise UsageError(
-                "reading the block device configuration in DIB_BLOCK_DEVICE_CONFIG: it is not UTF-8",
-                hint="write it in UTF-8, or give file:// and the path of a file that is",
-            )
-        return given
-    arch = "ppc64el" if spec.arch in ("ppc64le", "ppc64el") else spec.arch
-    for element in elements:
-        for name in (f"block-device-{arch}.yaml", "block-device-default.yaml"):
-            path = element.path / name
-            if os.path.isfile(path):
-                return _read(path, hint=f"make it readable, and text in UTF-8, or leave out '{element.name}'")
-    return _FALLBACK
-
-
-def _read(path: Path, *, hint: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"reading the block device configuration '{path}': {reason}", hint=hint) from error
-
-
-def _is_utf8(text: str) -> bool:
-    """Not so where the bytes of an argument could not be decoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _ask(
     params: Mapping[str, Any], commands: Sequence[str], spec: BuildSpec, dib: DibInstallation, scratch: Path
-) -> Mapping[str, str]:
+) -> tuple[Mapping[str, str], device_config.Nodes]:
+    """What DIB answers, and what it makes of the configuration."""
     params_path, answers_path = scratch / "params.yaml", scratch / "answers.json"
     params_path.write_text(yaml.safe_dump(dict(params)), encoding="utf-8")
     variables = {"DIB_BLOCK_DEVICE_PARAMS_YAML": str(params_path), "PATH": "/usr/bin:/bin"}
@@ -292,21 +266,43 @@ def _ask(
         environment=variables,
         check=False,
     )
-    if result.exit_status != 0:
-        said = result.stderr.strip().splitlines() or ["no reason given"]
-        if "ModuleNotFoundError" in said[-1]:
-            raise ToolError(f"running dib-block-device: {said[-1]}", hint="install diskimage-builder with pip")
-        if any("No space left" in line or "Disk quota" in line for line in said):
-            raise ToolError(
-                f"checking the block device configuration in '{scratch}': no space left",
-                hint="set TMPDIR to a directory with more room, or make some there",
-            )
-        raise UsageError(
-            f"diskimage-builder refuses the block device configuration: {said[-1]}",
-            hint="check DIB_BLOCK_DEVICE_CONFIG, the block-device element, --root-label and --fs-type",
-        )
+    try:
+        nodes = json.loads((scratch / "states" / "block-device" / "config.json").read_text())
+        wrong = list(device_config.problems(nodes, spec))
+    except (OSError, ValueError):
+        # DIB has not come so far, and says why.
+        nodes, wrong = [], []
+    refusal = _refusal(result.stderr, scratch) if result.exit_status != 0 else None
+    if wrong and refusal is not None and "BlockDeviceSetupException" in str(refusal):
+        # DIB has found something, too. Its other errors are not about what it has found, but follow from it.
+        wrong += refusal.problems
+    if wrong:
+        raise UsageError.of(wrong)
+    if refusal is not None:
+        raise refusal
     answers: Mapping[str, str] = json.loads(answers_path.read_text())
-    return answers
+    return answers, nodes
+
+
+def _refusal(said: str, scratch: Path) -> VirtDibError:
+    """The error for what dib-block-device says last."""
+    last = (said.strip().splitlines() or ["no reason given"])[-1]
+    # Of what follows the name of the error, the configuration may be the author.
+    reason = re.sub(r"^dib-block-device \S+: ", "", last)
+    if reason.startswith("ModuleNotFoundError"):
+        return ToolError(f"running dib-block-device: {last}", hint="install diskimage-builder with pip")
+    if re.match(r"OSError: \[Errno (?:28|122)\]", reason):
+        return ToolError(
+            f"checking the block device configuration in '{scratch}': no space left",
+            hint="set TMPDIR to a directory with more room, or make some there",
+        )
+    key = re.fullmatch(r"KeyError: '(?P<key>\w+)'", reason)
+    if key is not None:
+        last = f"a device in it has no '{key['key']}'"
+    return UsageError(
+        f"diskimage-builder refuses the block device configuration: {last}",
+        hint="check DIB_BLOCK_DEVICE_CONFIG, the block-device element, --root-label and --fs-type",
+    )
 
 
 def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image, ...]:
@@ -315,7 +311,7 @@ def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image,
     offset_bytes = 0
     loops = [node["local_loop"] for node in nodes if "local_loop" in node]
     for loop in sorted(loops, key=lambda loop: loop["name"] != OUTPUT_IMAGE):
-        size_bytes = config_size_bytes(loop["size"]) if "size" in loop else None
+        size_bytes = _config_size_bytes(loop["size"]) if "size" in loop else None
         images.append(
             Image(
                 name=loop["name"],
@@ -333,23 +329,32 @@ def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image,
     return tuple(images)
 
 
+def _config_size_bytes(value: object) -> int:
+    found = device_config.size_bytes(value)
+    if found is None:
+        raise UsageError(
+            f"cannot use '{value}' as the size of a local_loop in the block device configuration",
+            hint="give a number greater than 0 and a unit, such as 10GiB",
+        )
+    return found
+
+
 def _parts(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Part, ...]:
     """Which file systems lie in one piece on the output image and are of mke2fs's kinds."""
-    plain = {
+    plain = [
         loop["name"]
-        for loop in _of_kind(nodes, "local_loop")
-        if loop["name"] == OUTPUT_IMAGE
-        and str(spec.variables.get("DIB_BLOCK_SIZE") or loop.get("block_size", _SECTOR_BYTES)) == str(_SECTOR_BYTES)
-    }
-    for table in _of_kind(nodes, "partitioning"):
-        if table["base"] in plain:
-            plain |= {partition["name"] for partition in table["partitions"]}
-    file_systems = {node["name"]: node for node in _of_kind(nodes, "mkfs")}
+        for loop in device_config.of_kind(nodes, "local_loop")
+        if loop["name"] == OUTPUT_IMAGE and device_config.sector_bytes(loop, spec) == str(device_config.SECTOR_BYTES)
+    ]
+    for table in device_config.of_kind(nodes, "partitioning"):
+        if table.get("base") in plain:
+            plain += [partition.get("name") for partition in table["partitions"]]
+    file_systems = {node["name"]: node for node in device_config.of_kind(nodes, "mkfs")}
     parts = []
-    for mount in sorted(_of_kind(nodes, "mount"), key=lambda mount: str(mount["mount_point"])):
+    for mount in sorted(device_config.of_kind(nodes, "mount"), key=lambda mount: str(mount["mount_point"])):
         file_system = file_systems[mount["base"]]
         kind, options = file_system.get("type"), str(file_system.get("opts") or "")
-        if file_system["name"] == _ROOT_NODE:
+        if file_system["name"] == device_config.ROOT_NODE:
             resize = spec.variables.get("MAX_ONLINE_RESIZE")
             kind = kind or spec.fs_type
             options = f"{options} {spec.mkfs_options} {f'-E resize={resize}' if resize else ''}"
@@ -357,10 +362,6 @@ def _parts(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Part, .
             fillable = file_system["base"] in plain and kind in FILLABLE and are_plain_options(options.split())
             parts.append(Part(mount_point=mount["mount_point"], fillable=fillable))
     return tuple(parts) if parts and parts[0].mount_point == "/" and parts[0].fillable else ()
-
-
-def _of_kind(nodes: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
-    return [node[kind] for node in nodes if kind in node]
 
 
 def are_plain_options(words: Sequence[str]) -> bool:
@@ -372,33 +373,11 @@ def _slice_bytes(spec: BuildSpec) -> int:
     return spec.size_bytes if spec.size_bytes is not None else _SLICE_BYTES
 
 
-_CONFIG_SIZE = re.compile(r"(?P<number>[0-9.]*) ?(?P<unit>[a-zA-Z]*)")
-_CONFIG_UNITS = {
-    "TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024,
-    "TB": 1000**4, "GB": 1000**3, "MB": 1000**2, "KB": 1000,
-    "T": 1000**4, "G": 1000**3, "M": 1000**2, "K": 1000, "B": 1, "": 1,
-}  # fmt: skip
-"""DIB's own units (diskimage_builder/block_device/utils.py): G is decimal there."""
 _NUMBER = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 """What awk, which DIB reckons sizes with, takes for a number as a whole."""
+_BLOCKS = re.compile(r"[1-9][0-9]{0,17}[kKmMgGtT]?")
+"""What mke2fs takes for a number of blocks."""
 _WHOLE_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
-
-
-def config_size_bytes(value: object) -> int:
-    """Bytes for a size as DIB reads it: ``10GiB``, ``5 G``, and ``GiB`` for one of them."""
-    text = str(value)
-    match = _CONFIG_SIZE.fullmatch(text)
-    if match is not None and match["unit"] in _CONFIG_UNITS:
-        try:
-            size_bytes = int(_CONFIG_UNITS[match["unit"]] * float(match["number"] or "1"))
-        except (ValueError, OverflowError):
-            size_bytes = 0
-        if 0 < size_bytes <= LARGEST_DISK_BYTES:
-            return size_bytes
-    raise UsageError(
-        f"cannot use '{text}' as the size of a local_loop in the block device configuration",
-        hint="give a number greater than 0 and a unit, such as 10GiB",
-    )
 
 
 def _number(spec: BuildSpec, name: str, *, zero: bool = False) -> float | None:

@@ -122,7 +122,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     choice = _choice(spec, workspace, found, environ)
     installation, chosen = choice.dib, choice.elements
     staging = Staging(workspace / "staging")
-    tree = found.tell(lambda: hooks.compose(chosen, staging.hooks_dir, excluded_scripts=spec.excluded_scripts))
+    tree = found.tell(lambda: _compose(spec, choice, staging))
     disk = _layout(spec, choice, workspace, found)
     host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
     certificates = found.tell(lambda: online.host_certificates(environ)) if _trusts_host(spec) else None
@@ -134,10 +134,12 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     if certificates is not None:
         staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
     on_host = found.tell(lambda: _on_host(spec, choice, environ, workspace))
-    places = staging.add_elements(chosen, choice.search_path)
+    places = found.tell(lambda: staging.add_elements(chosen, choice.search_path))
     for file in host_files:
         found.tell(functools.partial(staging.add_host_file, file))
     found.stop()
+    if places is None:
+        raise AssertionError
     facts = contract.Facts(
         spec=spec,
         elements=chosen,
@@ -209,6 +211,15 @@ def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     )
 
 
+def _compose(spec: BuildSpec, choice: _Choice, staging: Staging) -> HookTree:
+    return hooks.compose(
+        choice.elements,
+        staging.hooks_dir,
+        excluded_scripts=spec.excluded_scripts,
+        search_path=choice.search_path,
+    )
+
+
 def _layout(spec: BuildSpec, choice: _Choice, workspace: Path, found: _Findings) -> Layout | None:
     rules = choice.dib.rules
     disk = found.tell(lambda: layout.prepare(spec, choice.elements, choice.dib, workspace / "block-device"))
@@ -216,6 +227,7 @@ def _layout(spec: BuildSpec, choice: _Choice, workspace: Path, found: _Findings)
         # The numbers in variables are looked at now, not after an hour.
         found.tell(lambda: layout.image_size_kib(spec, choice.elements, disk.block_devices.root_fstype, 0, rules))
         found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype, rules))
+        found.add(prerequisites.file_system_problems(disk.file_systems))
     return disk
 
 
@@ -381,7 +393,7 @@ def _check_containers(spec: BuildSpec, chosen: Sequence[Element]) -> None:
     names = {element.name for element in chosen}
     runtime = spec.variables.get("DIB_CONTAINERFILE_RUNTIME") or "podman"
     # Others may have an element of that name for something else.
-    with_docker = [element.name for element in chosen if (element.path / _DOCKER_SCRIPT).exists()]
+    with_docker = [element.name for element in chosen if os.path.exists(element.path / _DOCKER_SCRIPT)]
     if contract.CONTAINERFILE in names and runtime == "docker":
         with_docker.append(contract.CONTAINERFILE)
     if with_docker:

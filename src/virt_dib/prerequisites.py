@@ -113,6 +113,18 @@ _FORMAT_TOOLS = {
 """What formats need besides, by their names. The appliance takes tar from this host."""
 
 
+_FILE_SYSTEM_PACKAGES = {
+    "ext2": ("e2fsprogs", "e2fsprogs"),
+    "ext3": ("e2fsprogs", "e2fsprogs"),
+    "ext4": ("e2fsprogs", "e2fsprogs"),
+    "xfs": ("xfsprogs", "xfsprogs"),
+    "vfat": ("dosfstools", "dosfstools"),
+    "fat": ("dosfstools", "dosfstools"),
+    "btrfs": ("btrfs-progs", "btrfs-progs"),
+}
+"""Debian's, Fedora's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Distribution:
     """How packages are installed on a family of distributions."""
@@ -218,6 +230,21 @@ def format_problems(outputs: Sequence[Format]) -> list[Problem]:
                 "start docker and allow it to this user, or " + distribution.install("podman", "podman"),
             )
         )
+    return found
+
+
+def file_system_problems(types: Sequence[str]) -> list[Problem]:
+    """What is missing on this host, from which the appliance takes it, to make file systems of these *types*."""
+    distribution = Host.here().distribution
+    found = []
+    for name in dict.fromkeys(types):
+        program = f"mkfs.{name}"
+        # mkswap comes with mount, and the appliance cannot do without that.
+        if name == "swap" or tools.find(program) is not None:
+            continue
+        packages = _FILE_SYSTEM_PACKAGES.get(name)
+        hint = distribution.install(*packages) if packages else "is it a file system at all? such as ext4, xfs, vfat"
+        found.append(Problem(f"'{program}' not found, needed to make the file system '{name}'", hint))
     return found
 
 

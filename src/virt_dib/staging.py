@@ -17,9 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from virt_dib import layout, tools
-from virt_dib.elements import Element
+from virt_dib.elements import Element, strange
 from virt_dib.environment import GUEST
 from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError
+from virt_dib.files import NOT_THERE, copy_regular
 from virt_dib.interrupts import check_cancelled
 from virt_dib.releases import DiskMaker, PythonName, Rules
 
@@ -51,7 +52,6 @@ ELEMENT_HOST_FILES = {"openstack-ci-mirrors": ("/etc/ci/mirror_info.sh",)}
 
 HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_ROOM_HINT = "set TMPDIR to a directory with more room, or make some there"
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _NOT_TO_COPY = ("/dev/", "/proc/", "/sys/")
 """Where directories of the host are that no element can have meant: the guest has its own."""
 _HOST_ERRORS = (*HOST_IS_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
@@ -107,6 +107,7 @@ class Staging:
         self.directory = directory
         for name in _DIRECTORIES:
             _make_directory(directory / name)
+        self._compiled_by: Path | None = None
         self._host_files: list[str] = []
         self.host_file_sources: list[Path] = []
         """What :meth:`add_host_file` has put in, on the host."""
@@ -129,24 +130,15 @@ class Staging:
                 target.chmod(0o755)
 
     def add_modules(self, modules: Iterable[Path], compiled_by: Path) -> None:
-        """Put in Python modules, and the byte code that *compiled_by*, the guest's Python, makes of them.
+        """Put in Python modules. :meth:`finish` has *compiled_by*, the guest's Python, make byte code of them.
 
         Without byte code the first import of DIB's modules takes many seconds in an emulated guest.
         """
-        site = self.directory / "site"
         for module in modules:
             with self._copying(module, ToolError, "make it readable, or install diskimage-builder again"):
-                self._copy(module, site / module.name, leave_out=("__pycache__", "tests", "elements", "*.so"))
-        tools.run(
-            [
-                *(compiled_by, "-I", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"),
-                # Or the guest would see where it was on the host.
-                *("-s", site, "-p", f"{GUEST}/site", site),
-            ],
-            doing="compiling DIB's Python modules",
-            umask=0o022,
-            check=False,
-        )
+                target = self.directory / "site" / module.name
+                self._copy(module, target, leave_out=("__pycache__", "tests", "elements", "*.so"))
+        self._compiled_by = compiled_by
 
     def add_programs(self, rules: Rules) -> None:
         """Put in what scripts of DIB's release expect on the PATH, by its *rules*."""
@@ -177,7 +169,12 @@ class Staging:
         """Put in the chosen elements, search path by search path; return each one's directory in the guest.
 
         An element that a path before overrides is there too, for DIB's package-installs reads all of them.
+
+        Raises:
+            ElementError: all of them that cannot be copied.
+            ToolError: there is no space.
         """
+        problems = [_strange_problem(element) for element in elements if strange(element.path, search_path)]
         names = {element.name for element in elements}
         chosen = {(element.path, element.name) for element in elements}
         places: dict[str, str] = {}
@@ -186,18 +183,21 @@ class Staging:
             _make_directory(top)
             for entry in sorted(path.iterdir()):
                 real = Path(os.path.realpath(entry))
-                if not real.is_dir() or (real.name not in names and entry.name not in names):
+                named = real.name in names or entry.name in names
+                if not named or not os.path.isdir(real) or strange(real, search_path):
                     continue
-                self._copy_element(real, top / entry.name)
+                self._copy_element(real, top / entry.name, problems)
                 if (real, entry.name) in chosen:
                     places[entry.name] = f"/dib/elements/{number}/{entry.name}"
         for element in elements:
-            if element.name not in places:
+            if element.name not in places and not strange(element.path, search_path):
                 # Found only through a link of another name.
                 extra = self.directory / "elements" / "linked" / element.name
                 _make_directory(extra.parent)
-                self._copy_element(element.path, extra)
+                self._copy_element(element.path, extra, problems)
                 places[element.name] = f"/dib/elements/linked/{element.name}"
+        if problems:
+            raise ElementError.of(problems)
         return {element.name: places[element.name] for element in elements}
 
     def add_host_file(self, file: HostFile) -> None:
@@ -222,6 +222,20 @@ class Staging:
     def finish(self) -> Path:
         """Everything has been put in: the directory, complete."""
         self.write("host-files.list", "".join(f"{path}\0" for path in self._host_files))
+        if self._compiled_by is not None:
+            site = self.directory / "site"
+            tools.run(
+                [
+                    *(self._compiled_by, "-I", "-m", "compileall", "-q", "-j", "0"),
+                    *("--invalidation-mode", "unchecked-hash"),
+                    # Or the guest would see where it was on the host.
+                    *("-s", site, "-p", f"{GUEST}/site", site),
+                ],
+                doing="compiling DIB's Python modules",
+                umask=0o022,
+                check=False,
+            )
+            self._compiled_by = None
         return self.directory
 
     def make_disk(self, disk: Path) -> None:
@@ -241,9 +255,12 @@ class Staging:
             full = "No space left" in str(error)
             raise ToolError(str(error), hint=_NO_ROOM_HINT if full else None) from error
 
-    def _copy_element(self, source: Path, target: Path) -> None:
-        with self._copying(source, ElementError, "make all of it readable"):
-            self._copy(source, target)
+    def _copy_element(self, source: Path, target: Path, problems: list[Problem]) -> None:
+        try:
+            with self._copying(source, ElementError, "make all of it readable"):
+                self._copy(source, target)
+        except ElementError as error:
+            problems += error.problems
 
     @contextlib.contextmanager
     def _copying(self, source: Path, kind: type[VirtDibError], hint: str) -> Iterator[None]:
@@ -263,7 +280,7 @@ class Staging:
         Links inside stay links. The owner may read every file and write in every directory of the copy: or
         mke2fs could not read it, and nobody but root remove it.
         """
-        if not source.is_dir():
+        if not os.path.isdir(source):
             _copy_file(source, target)
             return
         # A directory of the host may hold this one.
@@ -284,6 +301,13 @@ class Staging:
                         directories.append((Path(entry.path), copy))
         for here, there in reversed(directories):
             _copy_attributes(here.stat(), there, also=stat.S_IRWXU)
+
+
+def _strange_problem(element: Element) -> Problem:
+    return Problem(
+        f"the element '{element.name}' is a link to '{element.path}', which has nothing of an element in it",
+        "have a copy of that in a directory of -p, or name the directory that it is in with -p",
+    )
 
 
 def wanted_host_files(
@@ -328,7 +352,7 @@ def _kind(file: HostFile, problems: list[Problem]) -> int | None:
     try:
         kind = stat.S_IFMT(file.source.stat().st_mode)
     except OSError as error:
-        if error.errno not in _NOT_THERE:
+        if error.errno not in NOT_THERE:
             hint = f"make it readable for this user; {file.wanted_by} names it"
             problems.append(Problem(f"looking at '{file.source}': {error.strerror}", hint))
         return None
@@ -385,7 +409,7 @@ def _make_directory(path: Path) -> None:
 
 def _copy_file(source: Path, target: Path) -> None:
     """Copy a file, with mode and times, without owner and extended attributes: those are the host's."""
-    shutil.copyfile(source, target)
+    copy_regular(source, target)
     _copy_attributes(source.stat(), target, also=stat.S_IRUSR)
 
 

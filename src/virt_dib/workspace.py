@@ -75,12 +75,16 @@ def note_elsewhere(workspace: Path, path: Path, *, name: Path | None = None) -> 
 def remove_leftovers(parent: Path) -> list[Path]:
     """Remove what killed builds of this user have left in *parent*; return what is gone."""
     gone = []
-    for workspace in sorted(parent.glob(f"{_PREFIX}*")):
+    try:
+        names = sorted(os.listdir(parent))
+    except OSError:
+        return []
+    for workspace in (parent / name for name in names if name.startswith(_PREFIX)):
         with contextlib.suppress(OSError), _abandoned(workspace) as abandoned:
             if abandoned:
                 _remove_elsewhere(workspace)
                 _remove(workspace)
-                gone += [] if workspace.exists() else [workspace]
+                gone += [] if os.path.exists(workspace) else [workspace]
     return gone
 
 
@@ -108,7 +112,7 @@ def _remove(directory: Path) -> None:
     """Remove a directory, quietly. There may be files of a sandbox in it."""
     with shielded():
         staging.remove_tree(directory)
-    if not directory.exists():
+    if not os.path.exists(directory):
         return
     command = ["rm", "-rf", "--one-file-system", "--", directory.name]
     with contextlib.suppress(ApplianceError, PrerequisiteError, ToolError), shielded():

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that users name and elements bring, read with care: nothing that never ends, and not more than is sensible."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the system says of a path, or of the target of a link, where no file can be."""
+_CHUNK_BYTES = 1 << 26
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """The content of the plain file *path*.
+
+    Raises:
+        OSError: it cannot be read, is something else, or has more than *most_bytes*.
+    """
+
+    def require_plain(state: os.stat_result) -> None:
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(0, "not a regular file")
+
+    return read_any(path, most_bytes, accept=require_plain)
+
+
+def read_any(path: Path, most_bytes: int, *, accept: Callable[[os.stat_result], None] = lambda _: None) -> bytes:
+    """The content of the file *path*. It may be a pipe, as of ``<(command)``, if somebody writes to it.
+
+    *accept* is given what was opened, and may raise.
+
+    Raises:
+        OSError: it cannot be read, nobody writes to it, or it has more than *most_bytes*.
+        ValueError: there cannot be such a file.
+    """
+    # A FIFO without a writer would hold the open for ever; a terminal is not to become ours.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        accept(state)
+        content = _first_byte(descriptor) if stat.S_ISFIFO(state.st_mode) else b""
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "rb", closefd=False) as stream:
+            content += stream.read(most_bytes + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > most_bytes:
+        size = f"{most_bytes >> 20} MiB" if most_bytes >> 20 else f"{most_bytes >> 10} KiB"
+        raise OSError(errno.EFBIG, f"larger than {size}")
+    return content
+
+
+def _first_byte(descriptor: int) -> bytes:
+    """Of a FIFO that was opened without waiting; empty where there is a writer who has not said anything yet."""
+    try:
+        content = os.read(descriptor, 1)
+    except BlockingIOError:
+        return b""
+    if not content:
+        raise OSError(0, "it is a FIFO that nobody writes to")
+    return content
+
+
+def copy_regular(source: Path, target: Path) -> None:
+    """Copy the content of the plain file *source* to the new file *target*. Its holes stay holes.
+
+    Raises:
+        OSError: it is no plain file, or one of them refuses.
+    """
+    reader = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(reader).st_mode):
+            raise OSError(0, "not a regular file", os.fspath(source))
+        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            copy_content(reader, writer)
+        except OSError as error:
+            # What was asked for by number has no name.
+            raise OSError(error.errno, error.strerror, os.fspath(source)) from error
+        finally:
+            os.close(writer)
+    finally:
+        os.close(reader)
+
+
+def copy_content(reader: int, writer: int) -> None:
+    """Copy all of one plain file to another that is empty, by their descriptors, with its holes."""
+    size = os.fstat(reader).st_size
+    if size == 0:
+        # The kernel's own files do not know their length.
+        while content := os.read(reader, 1 << 20):
+            os.write(writer, content)
+        return
+    end = 0
+    while end < size:
+        start, end = _next_data(reader, end, size)
+        os.lseek(writer, start, os.SEEK_SET)
+        while start < end:
+            sent = os.sendfile(writer, reader, start, min(end - start, _CHUNK_BYTES))
+            if sent == 0:
+                # It has become shorter meanwhile.
+                size = end = start
+            start += sent
+    os.ftruncate(writer, size)
+
+
+def _next_data(reader: int, position: int, size: int) -> tuple[int, int]:
+    """Where the next piece that is not a hole begins, and where it ends."""
+    try:
+        start = os.lseek(reader, position, os.SEEK_DATA)
+        return start, min(size, os.lseek(reader, start, os.SEEK_HOLE))
+    except OSError as error:
+        # There is nothing but a hole until the end; or the file system knows no holes.
+        return (size, size) if error.errno == errno.ENXIO else (position, size)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elements as nobody should write them: whatever is in their directories, a plan is made, or an error says why not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from helpers import TESTS, make_element
+from virt_dib import api, cli, plan, prerequisites, tools, workspace
+from virt_dib.errors import ElementError, ToolError, VirtDibError
+from virt_dib.spec import BuildSpec
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with ``elements/one``, an operating system with one script, on a host that has what builds need."""
+    monkeypatch.setattr(prerequisites, "require_prerequisites", list)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    make_element(tmp_path / "elements", "one", {"install.d/50-x": "#!/bin/bash\n"}, provides=["operating-system"])
+    return tmp_path
+
+
+def spec_in(place: Path, *elements: str, more_paths: Sequence[Path] = ()) -> BuildSpec:
+    return BuildSpec(
+        name="x",
+        output_dir=place,
+        elements=elements or ("one",),
+        element_paths=(place / "elements", *more_paths),
+        skip_base=True,
+        network=False,
+    )
+
+
+def planned(place: Path, *elements: str, more_paths: Sequence[Path] = ()) -> api.ImagePlan:
+    return api.plan_image(spec_in(place, *elements, more_paths=more_paths))
+
+
+def refused(place: Path, *elements: str, more_paths: Sequence[Path] = ()) -> VirtDibError:
+    """The error, after which nothing of the plan is left."""
+    before = set(place.iterdir())
+    with pytest.raises(VirtDibError) as caught:
+        planned(place, *elements, more_paths=more_paths)
+    assert all(problem.hint for problem in caught.value.problems)
+    assert set(place.iterdir()) == before
+    return caught.value
+
+
+def messages(error: VirtDibError) -> list[str]:
+    return [problem.message for problem in error.problems]
+
+
+# ---- names ----
+
+ODD_NAMES = (
+    "two words", "line\nend", "-rf", "$(touch pwned)", "`id`", "a'b", 'a"b', "a]b", "[", "*", "~", "a\\b", "a\tb",
+    "a;b", "\x1b]0;title\x07", "#", "%s", "{0}", "a:b", "a,b", "=", "caf\udce9", "x" * 255, "\u202e",
+)  # fmt: skip
+
+
+def test_names_of_all_kinds_in_one_plan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    for number, name in enumerate(ODD_NAMES):
+        files = {f"root.d/{number:02}-odd": "#!/bin/bash\n", f"root.d/{name[:200]}": "", f"{name}/{name}": "text"}
+        make_element(place / "elements", name, files)
+    # Names with blanks are those of several elements on a command line, but not in a list of an element.
+    listed = [name for name in ODD_NAMES if "\n" not in name and name.isprintable()]
+    (place / "elements/one/element-deps").write_text("".join(f"{name}\n" for name in listed))
+    named = [name for name in ODD_NAMES if name not in listed and not set(name) & set(" \t\n")]
+    made = planned(place, "one", *named)
+    assert made.elements.keys() == {"one", *listed, *named}
+    scripts = [script.name for script in made.scripts]
+    assert {f"{number:02}-odd" for number, name in enumerate(ODD_NAMES) if name in made.elements} <= set(scripts)
+    assert not (place / "pwned").exists()
+
+
+def test_a_list_of_elements_has_a_line_for_each(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_element(place / "elements", "line\nend", {})
+    make_element(place / "elements", "\x1b[2Jx", {})
+    (place / "elements" / "root").symlink_to("/")
+    assert cli.main(["--list-elements", "-p", str(place / "elements")]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert {"line end", "x", "one"} <= set(lines)
+    assert not {"line", "end", "", "root"} & set(lines)
+
+
+def test_directories_for_the_build_with_odd_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("two words", "line\nend", "$(id)", "a:b", "a[1]", "caf\udce9", "'"):
+        (place / name).mkdir()
+        monkeypatch.setenv("TMPDIR", str(place / name))
+        with workspace.open_workspace() as directory:
+            assert directory.parent == place / name
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "circle", "file", "nothing"])
+def test_directories_for_the_build_that_are_none(place: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "circle").symlink_to("circle")
+    (place / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(place / name))
+    error = refused(place)
+    assert isinstance(error, ToolError)
+    assert "making a directory for the build" in str(error)
+
+
+# ---- links, FIFOs, devices ----
+
+
+def test_links_in_a_search_path_to_nothing_that_can_be(place: Path) -> None:
+    for number, target in enumerate(("nothing", "x" * 300, "x/" * 2000, "/dev/null", "/proc/self/mem", "/")):
+        (place / "elements" / f"link-{number}").symlink_to(target)
+    (place / "elements" / "circle").symlink_to("circle")
+    os.mkfifo(place / "elements" / "fifo")
+    assert planned(place).elements.keys() == {"one"}
+
+
+def test_links_in_an_element_to_nothing_that_can_be(place: Path) -> None:
+    names = ("root.d", "install.d/60-link", "install.d/.link", "static", "block-device-default.yaml", "tests")
+    targets = ("nothing", "x" * 300, "circle", "/dev/null", "/dev/zero")
+    for number, target in enumerate(targets):
+        one = make_element(place / "elements", f"e{number}", {"circle": ""})
+        (one / "circle").unlink()
+        (one / "circle").symlink_to("circle")
+        for name in names:
+            path = one / name.replace("60", str(60 + number))
+            path.parent.mkdir(exist_ok=True)
+            if not (name.endswith(".yaml") and target.startswith("/dev")):
+                path.symlink_to(target)
+    made = planned(place, "one", *(f"e{number}" for number in range(len(targets))))
+    assert [script.name for script in made.scripts] == ["50-x"]
+
+
+def test_special_files_where_hooks_are_and_elsewhere(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = place / "elements/one"
+    for directory in ("", "files", "tests"):
+        (one / directory).mkdir(exist_ok=True)
+        os.mkfifo(one / directory / "fifo")
+        monkeypatch.chdir(one / directory)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("socket")
+    os.mkfifo(one / "install.d" / ".hidden")
+    error = refused(place)
+    assert isinstance(error, ElementError)
+    # No hooks are in tests, and hidden files are none.
+    assert messages(error) == [
+        f"copying '{one / path}': it is a device, FIFO or socket"
+        for path in ("fifo", "files/fifo", "files/socket", "socket")
+    ]
+
+
+def test_a_file_that_is_one_hole_is_copied_as_one(place: Path) -> None:
+    sizes = {"top": 1 << 40, "install.d/data": 1 << 36, "tests/data": 1 << 36}
+    for name, size in sizes.items():
+        path = place / "elements/one" / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as stream:
+            stream.seek(size // 2)
+            stream.write(b"middle")
+            stream.truncate(size)
+    assert planned(place).elements.keys() == {"one"}
+
+
+# ---- what is not for the eyes of elements ----
+
+
+@pytest.fixture
+def secret(place: Path) -> Path:
+    """A directory of the user's."""
+    directory = place / "home" / ".ssh"
+    directory.mkdir(parents=True)
+    (directory / "id_ed25519").write_text("the key\n")
+    return directory
+
+
+def test_hook_directories_that_lead_elsewhere_on_the_host(place: Path, secret: Path) -> None:
+    two = make_element(place / "elements", "two", {})
+    names = ("environment.d", "install.d", "pre-install.d", "static")
+    for name in names:
+        (two / name).symlink_to(secret)
+    assert messages(refused(place, "one", "two")) == [
+        f"copying '{two / name}': it is a link to '{secret}', where no elements are" for name in names
+    ]
+    # Who has elements there means it.
+    assert planned(place, "one", "two", more_paths=[secret.parent]).elements.keys() == {"one", "two"}
+
+
+def test_hook_directories_that_elements_share(place: Path) -> None:
+    common = make_element(place / "elements", "common", {"shared/60-shared": "#!/bin/bash\n"})
+    (common / "shared" / "60-shared").chmod(0o755)
+    two = make_element(place / "elements", "two", {})
+    (two / "pre-install.d").symlink_to("../common/shared")
+    assert {script.name for script in planned(place, "one", "two").scripts} == {"50-x", "60-shared"}
+
+
+def test_an_element_that_leads_elsewhere_on_the_host(place: Path, secret: Path) -> None:
+    (place / "elements/one/element-deps").write_text(".ssh\n")
+    (place / "elements" / "link").symlink_to(secret)
+    assert messages(refused(place)) == [
+        f"the element '.ssh' is a link to '{secret}', which has nothing of an element in it"
+    ]
+
+
+def test_a_directory_that_passes_for_an_element_of_another_path(place: Path, secret: Path) -> None:
+    """What a path before overrides comes along, under its own name; but only if it is an element."""
+    (place / "second").mkdir()
+    (place / "second" / "one").symlink_to(secret)
+    spec = spec_in(place, more_paths=[place / "second"])
+    (place / "work").mkdir()
+    staged = plan.make_plan(spec, place / "work", host_environment={}).staging.directory
+    assert [path.name for path in (staged / "elements/0").iterdir()] == ["one"]
+    assert list((staged / "elements/1").iterdir()) == []
+    assert "the key" not in "".join(path.read_text() for path in staged.rglob("id_*"))
+
+
+def test_elements_that_are_links_to_elements_elsewhere(place: Path) -> None:
+    make_element(place / "elsewhere", "two", {"install.d/60-two": "#!/bin/bash\n"})
+    make_element(place / "elsewhere", "three", {"README.rst": "nothing but dependencies and text"})
+    for name in ("two", "three"):
+        (place / "elements" / f"link-{name}").symlink_to(place / "elsewhere" / name)
+    assert planned(place, "one", "two", "three").elements.keys() == {"one", "two", "three"}
+
+
+# ---- what may not be read ----
+
+AS_ANOTHER_USER = """
+import sys
+from pathlib import Path
+from virt_dib import api, prerequisites
+prerequisites.require_prerequisites = list
+for line in sys.stdin.read().splitlines():
+    place = Path(line)
+    spec = api.BuildSpec(name="x", output_dir=place, elements=("one",), element_paths=(place / "elements",),
+                         skip_base=True, network=False)
+    try:
+        print(place.name, "planned", *[script.name for script in api.plan_image(spec).scripts])
+    except api.VirtDibError as error:
+        for problem in error.problems:
+            print(place.name, problem.message)
+"""
+CONFIG = "block-device-default.yaml"
+READING = f"reading the block device configuration '{{one}}/{CONFIG}': Permission denied"
+UNREADABLE = {
+    # what has no permissions, or is a link to such a directory: the messages
+    "root.d": ["copying '{one}/root.d': Permission denied"],
+    "install.d/50-x": ["copying '{one}/install.d/50-x': Permission denied"],
+    "tests": ["copying '{one}/tests': Permission denied"],
+    "files/data": ["copying '{one}/files/data': Permission denied"],
+    "element-provides": ["reading '{one}/element-provides': Permission denied"],
+    CONFIG: [f"copying '{{one}}/{CONFIG}': Permission denied", READING],
+    "link pre-install.d": ["copying '{one}/pre-install.d': Permission denied"],
+    "link root.d": ["copying '{one}/root.d': Permission denied"],
+    f"link {CONFIG}": [f"copying '{{one}}/{CONFIG}': Permission denied", READING],
+    "link ../other": ["planned 50-x"],
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user, and for root nothing is unreadable")
+def test_what_another_user_may_not_read(anyones_dir: Path) -> None:
+    (anyones_dir / "private" / "inside").mkdir(parents=True)
+    (anyones_dir / "private").chmod(0o700)
+    expected = []
+    for number, (what, told) in enumerate(UNREADABLE.items()):
+        place = anyones_dir / str(number)
+        files = {"install.d/50-x": "#!/bin/bash\n", "tests/x": "", "files/data": ""}
+        one = make_element(place / "elements", "one", files, provides=["operating-system"])
+        path = one / what.removeprefix("link ")
+        if what.startswith("link "):
+            path.symlink_to(anyones_dir / "private" / "inside")
+        else:
+            if not path.exists():
+                path.mkdir() if what.endswith(".d") else path.touch()
+            path.chmod(0)
+        place.chmod(0o777)
+        expected += [f"{number} {message.format(one=one)}" for message in told]
+    hidden = anyones_dir / "hidden"
+    make_element(hidden / "elements", "one", {}, provides=["operating-system"])
+    (hidden / "elements").chmod(0o644)
+    hidden.chmod(0o777)
+    expected += [f"hidden looking for elements in '{hidden}/elements': Permission denied"]
+    setpriv = str(tools.require("setpriv", purpose="run the tests", package="util-linux"))
+    said = tools.run(
+        [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", AS_ANOTHER_USER],
+        doing="planning",
+        stdin="".join(f"{anyones_dir}/{name}\n" for name in [*range(len(UNREADABLE)), "hidden"]).encode(),
+        environment={
+            "PYTHONPATH": str(TESTS.parent / "src"), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin",
+            "TMPDIR": str(anyones_dir), "HOME": "/nonexistent",
+        },
+    ).stdout.splitlines()  # fmt: skip
+    assert said == expected
+
+
+# ---- many ----
+
+
+def test_five_thousand_scripts_in_one_phase(place: Path) -> None:
+    directory = place / "elements/one/install.d"
+    for number in range(5000):
+        (directory / f"{number}-{'long' * 50}").symlink_to("50-x")
+    (directory / "50-x").rename(directory / "10000-x")
+    (directory / "50-x").symlink_to("10000-x")
+    scripts = planned(place).scripts
+    assert len(scripts) == 5002
+    assert [script.name.partition("-")[0] for script in scripts] == sorted(
+        [*map(str, range(5000)), "50", "10000"], key=int
+    )
+
+
+def test_two_thousand_elements_in_a_path_that_need_each_other_in_a_circle(place: Path) -> None:
+    for number in range(2000):
+        make_element(place / "elements", f"e{number}", {}, depends=[f"e{(number + 1) % 2000}"])
+    assert planned(place).elements.keys() == {"one"}
+    assert len(planned(place, "one", "e7").elements) == 2001
+
+
+def test_a_megabyte_of_dependencies_that_do_not_exist(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines = [f"missing-element-{number}" for number in range(50_000)]
+    (place / "elements/one/element-deps").write_text("".join(f"{line}\n" for line in lines))
+    assert len(refused(place).problems) == 50_000
+    name = str(place / "x")
+    assert cli.main(["--skip-base", "--name", name, "-p", str(place / "elements"), "one"]) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len([line for line in told if line.startswith("virt-dib: error: element 'missing-")]) == 100
+    assert told[-2] == "virt-dib: error: 49900 more mistakes"
+    assert told[-1] == "virt-dib: hint: mend the first ones first"
