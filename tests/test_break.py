@@ -292,7 +292,7 @@ def test_it_is_asked_whether_the_other_end_lives() -> None:
 # ---- the link: with a real shell ----
 
 LINKED = """
-import socket, sys
+import os, socket, sys
 from virt_dib import tools
 from virt_dib.dib_output import DibOutput
 from virt_dib.errors import ApplianceError, Interrupted
@@ -302,7 +302,8 @@ ours, theirs = socket.socketpair()
 status = 0
 try:
     with interrupts(), tools.started(
-        [sys.executable, "-I", "-S", sys.argv[1], "-", *sys.argv[2:]], stdin=theirs.fileno(), stderr=2
+        [sys.executable, "-I", "-S", sys.argv[1], "-", *sys.argv[2:]],
+        environment=os.environ, stdin=theirs.fileno(), stderr=2,
     ) as process:
         theirs.close()
         print("link", process.pid, flush=True)
