@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from helpers import make_element, virt_dib
 from virt_dib import api, batch, environment, events, image_file, machine_readable
-from virt_dib.appliance import _without_job
+from virt_dib.appliance import Disk, Settings, _handle, _without_job, binding_problem
 from virt_dib.cli import report_errors
 from virt_dib.errors import Problem, ToolError, UsageError, VirtDibError
 from virt_dib.masking import MASK, Mask, is_secret
@@ -119,6 +119,25 @@ def test_a_job_is_not_in_what_libguestfs_tells_of_its_calls() -> None:
     assert _without_job('write "/build/config.yaml" "text"') == 'write "/build/config.yaml" "text"'
 
 
+@pytest.mark.skipif(binding_problem() is not None, reason="this Python has no libguestfs")
+def test_what_variables_have_libguestfs_trace_is_looked_at_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIBGUESTFS_TRACE", "1")
+    told: list[str] = []
+    settings = Settings(
+        disks=[Disk(path=tmp_path / "disk", label="build")], cache_dir=tmp_path / "cache", memory_mib=512, cpus=1,
+        network=False, accelerate=False, on_debug=told.append,
+    )  # fmt: skip
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    handle = _handle(settings)
+    capfd.readouterr()
+    handle.get_path()
+    handle.close()
+    assert "libguestfs: trace: get_path" in told
+    assert "get_path" not in capfd.readouterr().err
+
+
 # ---- what a build says ----
 
 
@@ -155,6 +174,15 @@ def test_events_the_log_and_errors_of_a_build(
     assert [json.loads(line)["message"] for line in lines if MASK in line] == [
         f"{MASK}, and {MASK}", f"{MASK}, and {MASK}", f"{MASK}, and {MASK}", f"{MASK}, and {MASK}",
     ]  # fmt: skip
+
+
+def test_what_nobody_has_thought_of(spec: BuildSpec) -> None:
+    told: list[events.Event] = []
+    monitor = BuildMonitor(told.append)
+    with pytest.raises(ZeroDivisionError), monitor.following(spec):
+        raise ZeroDivisionError(f"with {VALUE}")
+    (error,) = [event for event in told if isinstance(event, events.ErrorFound)]
+    assert error.text == f"stopped by ZeroDivisionError: with {MASK}"
 
 
 def test_the_error_of_a_plan(spec: BuildSpec) -> None:

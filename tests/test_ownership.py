@@ -79,6 +79,24 @@ def test_a_group_that_is_the_users_own_is_the_user(tmp_path: Path) -> None:
     assert found.reason == "others can write to it"
 
 
+@needs_root
+def test_in_a_user_namespace_what_is_roots_belongs_to_nobody(anyones_dir: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from virt_dib import ownership
+print(ownership.danger(Path(sys.argv[1]), shared=True), ownership.danger(Path(sys.argv[1]), shared=False))
+"""
+    anyones_dir.chmod(0o1777)
+    unshare = ("unshare", "--user", "--map-current-user")
+    try:
+        # Not the number that stands for nobody.
+        said = as_user(54321, code, str(anyones_dir), before=unshare)
+    except ToolError as error:
+        pytest.skip(f"no user namespaces: {error}")
+    assert said.startswith("None Danger(")
+
+
 def test_what_is_made_is_for_this_user_alone_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

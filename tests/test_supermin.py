@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,12 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert supermin.cache_dir() == tmp_path / "xdg/virt-dib"
 
 
-def as_user(user_id: int, code: str, *arguments: str) -> str:
-    """What *code* prints when that user, without HOME, runs it."""
+def as_user(user_id: int, code: str, *arguments: str, before: Sequence[str] = ()) -> str:
+    """What *code* prints when that user, without HOME, runs it, by the command *before*."""
     setpriv = tools.require("setpriv", purpose="run the tests", package="util-linux")
+    become = [str(setpriv), f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups"]
     return tools.run(
-        [setpriv, f"--reuid={user_id}", f"--regid={user_id}", "--clear-groups", sys.executable, "-c", code, *arguments],
+        [*become, *before, sys.executable, "-c", code, *arguments],
         doing="running as another user",
         environment={"PYTHONPATH": str(TESTS.parent / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
     ).stdout

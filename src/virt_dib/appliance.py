@@ -630,12 +630,14 @@ def _report(handle: guestfs.GuestFS, settings: Settings) -> None:
     import guestfs  # noqa: PLC0415, TID251 - see binding_problem
 
     report = settings.on_debug
-    if report is None or not (settings.trace or settings.verbose):
+    # LIBGUESTFS_TRACE and LIBGUESTFS_DEBUG ask for them, too; what comes then is not to go past those who look at it.
+    trace, verbose = settings.trace or handle.get_trace(), settings.verbose or handle.get_verbose()
+    if report is None or not (trace or verbose):
         return
     # As libguestfs begins its lines on standard error.
     prefixes = {guestfs.EVENT_TRACE: "libguestfs: trace: ", guestfs.EVENT_LIBRARY: "libguestfs: "}
-    handle.set_trace(settings.trace)
-    handle.set_verbose(settings.verbose)
+    handle.set_trace(trace)
+    handle.set_verbose(verbose)
     handle.set_event_callback(
         lambda event, _handle, text, _array: report(prefixes.get(event, "") + _without_job(text.rstrip("\n"))),
         guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,

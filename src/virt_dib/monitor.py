@@ -330,7 +330,8 @@ class BuildMonitor:
                 self._teller.tell(events.ErrorFound(text=problem.message, hint=problem.hint, details=problem.details))
         interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
         if not interrupted and not isinstance(error, VirtDibError):
-            self._teller.tell(events.ErrorFound(text="; ".join(_last_words(error)), hint=None, details=()))
+            text = self._mask("; ".join(_last_words(error)))
+            self._teller.tell(events.ErrorFound(text=text, hint=None, details=()))
         self._teller.tell(
             events.BuildFailed(
                 name=self._name,

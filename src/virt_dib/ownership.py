@@ -49,9 +49,10 @@ def danger(directory: Path, *, shared: bool = False) -> Danger | None:
             state = place.stat()
         except OSError:
             break
-        if is_foreign(state) and (place == real or not _is_of_the_host(state)):
+        above = shared or place != real
+        if is_foreign(state) and not (above and _is_of_the_host(state)):
             return Danger(place, "it belongs to another user")
-        kept_apart = state.st_mode & stat.S_ISVTX and (shared or place != real)
+        kept_apart = state.st_mode & stat.S_ISVTX and above
         if others_can_write(place, state) and not kept_apart:
             return Danger(place, "others can write to it")
     return None
