@@ -63,7 +63,7 @@ _DRIVE_HINTS = {
     5: "remove files in it, or make a larger drive; 10G or more are recommended",
 }
 """By the statuses of ``guest/drive.sh``."""
-_OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
+_OTHER_DRIVE_HINT = "give another --drive; --verbose -x shows what the appliance says"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -599,7 +599,8 @@ def _wait(
             meanwhile()
         elif time.monotonic() > until:
             raise _NoAnswerError(
-                f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
+                f"{doing}: no answer in {timeout_s:.0f} s",
+                hint="run it again with --verbose -x to see what it is doing",
             )
 
 

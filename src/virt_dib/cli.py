@@ -24,17 +24,22 @@ _RED = "31;1"
 _INDENT = 4
 
 
-def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) -> int:
-    """Run *body* and return its exit status, or print the error that ended it and return the error's."""
+def report_errors(
+    prog: str, body: Callable[[], int], style: Style = AUTOMATIC, *, words: Callable[[str], str] = str
+) -> int:
+    """Run *body* and return its exit status, or print the error that ended it and return the error's.
+
+    *words* gives messages the words of a command whose options are not virt-dib's.
+    """
     try:
         return body()
     except VirtDibError as error:
         for problem in error.problems:
-            _complain(style, f"{prog}: {translated('error')}: {one_line(translated(problem.message))}", _RED)
+            _complain(style, f"{prog}: {translated('error')}: {one_line(words(translated(problem.message)))}", _RED)
             for line in problem.details:
                 write_out(sys.stderr, f"    {printable(line)}\n")
             if problem.hint:
-                _complain(style, f"{prog}: {translated('hint')}: {one_line(translated(problem.hint))}", None)
+                _complain(style, f"{prog}: {translated('hint')}: {one_line(words(translated(problem.hint)))}", None)
         return error.exit_status
     except (Interrupted, KeyboardInterrupt):
         _complain(style, f"{prog}: {translated('interrupted')}", None)

@@ -212,10 +212,11 @@ class _Search:
     def look_at_files(self, config: str | None) -> None:
         """Take the one that the user names, or else those in the places for them."""
         named = config if config is not None else self._environ.get(FILE_VARIABLE) or None
+        named_by = None if named is None else "--config" if config is not None else FILE_VARIABLE
         files = _places(self._environ) if named is None else [Path(named)]
         for file in files:
             try:
-                text = _read(file, named=named is not None)
+                text = _read(file, named_by=named_by)
                 self.files[str(file)] = text is not None
                 if text is not None:
                     self._take(file, text)
@@ -275,25 +276,25 @@ def _places(environ: Mapping[str, str]) -> list[Path]:
     return [directory / _PLACE for directory in dict.fromkeys(map(Path, directories))]
 
 
-def _read(file: Path, *, named: bool) -> str | None:
-    """The text of a file, or None where there is none and nobody *named* it.
+def _read(file: Path, *, named_by: str | None) -> str | None:
+    """The text of a file, or None where there is none and nobody named it, by an option or a variable.
 
     Raises:
         UsageError: it cannot be read, or somebody else may have written what was found there.
     """
     try:
         with open(file, "rb") as stream:
-            if not named:
+            if named_by is None:
                 _require_trust(file, os.fstat(stream.fileno()))
             content = stream.read(_LONGEST_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not named:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and named_by is None:
             return None
         reason = ((isinstance(error, OSError) and error.strerror) or str(error)).lower()
         raise UsageError(
             f"cannot read the configuration file '{file}': {reason}",
-            hint="--config or VIRT_DIB_CONFIG names it; name one that can be read"
-            if named
+            hint=f"{named_by} names it; name one that can be read"
+            if named_by
             else "make it readable, or name another one: --config FILE",
         ) from error
     if len(content) > _LONGEST_FILE_BYTES:
@@ -392,7 +393,7 @@ def _unknown_key(key: str) -> Problem:
 def _hint(key: str, meant: str | None) -> str:
     option = BY_NAME.get(f"--{key}")
     if option is not None and option.dest not in _DESTINATIONS:
-        return f"give it on the command line: {option.names[-1]}"
+        return f"give it with each build: {option.names[-1]}"
     return f"did you mean '{meant}'?" if meant else f"'{PROG} --show-config' lists what can be set"
 
 
