@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generate import catalogue
-from virt_dib import boot_cli, dib_command, dib_links, doctor, image_file_cli, options, tools
+from virt_dib import boot_cli, dib_command, dib_links, doctor, image_file, image_file_cli, options, tools
 from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG
 from virt_dib.events import Event, to_all
 from virt_dib.monitor import BuildMonitor, Display, summary
@@ -188,6 +188,23 @@ def test_what_is_wrong_in_a_file_of_images_is_told_in_japanese(
         assert text in said
     assert "virt-diskimage-builder: エラー: 'many' を --jobs の値として使えません" in lines
     assert [line for line in lines if not JAPANESE.search(line.split(": ", 2)[2])] == []
+
+
+@pytest.mark.usefixtures("in_japanese")
+def test_the_help_on_files_of_images_has_its_keys_below_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        image_file_cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("使い方: virt-diskimage-builder [オプション] FILE...\n")
+    table = shown[shown.index("イメージのキー:\n") : shown.index("\n\n終了ステータス")].splitlines()[1:]
+    keys = {line.split()[0]: line for line in table if not line.startswith("   ")}
+    assert keys.keys() == {key.name for key in image_file.KEYS}
+    columns = {len(line) - len(re.sub(r"^  \S* +", "", line)) for line in table}
+    assert len(columns) == 1
+    assert max(map(columns_of, table)) <= 80
 
 
 def test_a_drop_in_tells_in_its_own_words_in_japanese(tmp_path: Path) -> None:

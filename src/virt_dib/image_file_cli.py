@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = batch.CO
 
 def build_parser() -> argparse.ArgumentParser:
     """The options, for those who compare them with the page about them, too."""
-    parser = _Parser(PROG, _DESCRIPTION, _EPILOG)
+    # Without a usage argparse makes one, of which it cuts off what is 'usage: ' in English alone.
+    parser = _Parser(PROG, _DESCRIPTION, _EPILOG, usage=f"{PROG} {translated('[options] FILE...')}")
     parser.epilog = f"{_keys_text()}\n\n{parser.epilog}"
     parser.arguments.add_argument(
         "files", metavar="FILE", nargs="*", help=translated("files that describe images; at least one")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
@@ -37,8 +38,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class _Folding(HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        # A text that has lines already, a table, keeps them.
-        lines = (part for line in text.split("\n") for part in fold(line, width - len(indent)).split("\n"))
+        # A text that has lines already, a table, keeps them, and its columns.
+        lines = []
+        for line in text.split("\n"):
+            column = re.match(r" *(?:(?<= )\S+ {2,})?", line)
+            lines += fold(line, width - len(indent), indent=column.end() if column else 0).split("\n")
         return "\n".join(indent + line for line in lines)
 
 
