@@ -77,8 +77,8 @@ test-full: $(READY) ## builds of elements from elsewhere and with older releases
 	$(BIN)/pytest -m full
 
 .PHONY: test-drop-in
-test-drop-in: $(READY) ## command lines of disk-image-create, compared with what it makes of them; as root
-	$(BIN)/pytest -m drop_in
+test-drop-in: $(READY) ## disk-image-create compared with ours, a table of it in build/drop-in-comparisons.txt; as root
+	$(BIN)/pytest -m drop_in --comparisons build/drop-in-comparisons.txt
 
 COUNT := 50
 .PHONY: soak

@@ -20,6 +20,7 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
 
 from virt_dib import __version__
+from virt_dib.image_file import Kind
 from virt_dib.spec import NUMBERS
 
 ROOT = Path(__file__).parents[1]
@@ -55,11 +56,19 @@ _ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "require": ((), ("purpose",)),
     "_tool": ((), ("user",)),
     "_space": ((0, 3), ()),
+    "_mistake": ((1, 2), ()),
+    "_refusal": ((3,), ()),
+    "_warn": ((0,), ()),
+    "_pairs": ((1,), ()),
+    "_taken": ((2,), ()),
+    "Key": ((2,), ()),
 }
 _ERROR = ((0,), ("hint",))
 _NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
-_RETURNING = re.compile(r"_line|.*hint.*|install|_failure|_watch|_judge")
+_RETURNING = re.compile(r"_line|.*hint.*|install|_failure|_watch|_judge|_told|_unusable|_wanted")
 """Functions that return messages."""
+_PARTS = re.compile(r"where|inner|why|what")
+"""Variables with what is put into messages."""
 _CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)|OK|LACKING|SLOW|LOW")
 """Constants that are or hold messages."""
 _OF_ARGPARSE = (
@@ -72,6 +81,8 @@ _OF_ARGPARSE = (
     "ambiguous option: {option} could match {options}",
 )
 """What argparse says of wrong usage."""
+_PLACED = ("{file}:{line}: {message}", "{origin}: '{name}': {message}")
+"""What is wrong in a file of images, and where."""
 
 
 def messages(path: Path) -> Iterator[tuple[int, str]]:
@@ -107,7 +118,7 @@ class _Module:
                         yield from self._told(scope, value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                part = isinstance(scope, ast.FunctionDef) and scope.name == "_line"
+                part = isinstance(scope, ast.FunctionDef) and (scope.name == "_line" or _PARTS.fullmatch(_id(target)))
                 if isinstance(target, ast.Name) and (part or _CONSTANTS.fullmatch(target.id)):
                     for value in _held(node.value):
                         yield from self._told(scope, value)
@@ -146,6 +157,10 @@ class _Module:
         for node in itertools.chain(ast.walk(scope), self._tree.body if scope is not self._tree else ()):
             if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
                 yield node.value
+
+
+def _id(target: ast.expr) -> str:
+    return target.id if isinstance(target, ast.Name) else ""
 
 
 def _held(value: ast.expr) -> list[ast.expr]:
@@ -195,6 +210,10 @@ def template() -> Catalog:
     )
     for what, _, _ in NUMBERS.values():
         catalogue.add(what, locations=[("src/virt_dib/spec.py", 1)])
+    for kind in Kind:
+        catalogue.add(kind.value, locations=[("src/virt_dib/image_file.py", 1)])
+    for text in _PLACED:
+        catalogue.add(text, locations=[("src/virt_dib/image_file.py", 1)], flags=["python-brace-format"])
     for text in _OF_ARGPARSE:
         flags = ["python-brace-format"] if _PLACEHOLDER.search(text) else []
         catalogue.add(text, locations=[("src/virt_dib/usage.py", 1)], flags=flags)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,12 +36,25 @@ def sources() -> list[Path]:
     return sorted(DOCS.glob("*.rst"))
 
 
+def other_names(source: Path) -> list[str]:
+    """The commands that a page is about besides that of its name: its title has them all."""
+    title = re.search(r"^[^=].*$", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return [name for name in (title[0].strip().split(", ") if title else []) if name != source.stem]
+
+
 def man_page(source: Path) -> str:
     """A page for section 1 of the manual."""
     version = f":Version: {__version__}\n"
     text = source.read_text(encoding="utf-8").replace(":Manual section:", f"{version}:Manual section:")
     # Recent docutils write 'Name', which programs that make indexes of manual pages need not know.
-    return _published(text, "manpage").replace(".SH Name\n", ".SH NAME\n")
+    page = _published(text, "manpage").replace(".SH Name\n", ".SH NAME\n")
+    # A page is called by one name, whatever its title is.
+    return re.sub(r'^\.TH "[^"]*"', f'.TH "{source.stem.upper()}"', page, flags=re.MULTILINE)
+
+
+def link_page(source: Path) -> str:
+    """The manual page of another name of *source*: man reads that one instead."""
+    return f".so man1/{source.stem}.1\n"
 
 
 def html_page(source: Path) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from generate import catalogue, completion, manual
 
-COMPLETION_DIRS = {
-    "virt-dib.bash": ("bash-completion/completions", "virt-dib"),
-    "_virt-dib": ("zsh/site-functions", "_virt-dib"),
-    "virt-dib.fish": ("fish/vendor_completions.d", "virt-dib.fish"),
+COMPLETION_FILES = {
+    "bash": ("bash-completion/completions", "{}"),
+    "zsh": ("zsh/site-functions", "_{}"),
+    "fish": ("fish/vendor_completions.d", "{}.fish"),
 }
+"""Where each shell looks for the completion of a command, and by what name."""
 
 
 def make(top: Path) -> dict[str, list[str]]:
@@ -30,8 +31,11 @@ def make(top: Path) -> dict[str, list[str]]:
     for source in manual.sources():
         write("man/man1", f"{source.stem}.1", manual.man_page(source))
         write("doc/virt-dib", f"{source.stem}.html", manual.html_page(source))
-    for script, text in completion.scripts().items():
-        write(*COMPLETION_DIRS[script], text)
+        for name in manual.other_names(source):
+            write("man/man1", f"{name}.1", manual.link_page(source))
+    for command in completion.COMMANDS.values():
+        for shell, (directory, name) in COMPLETION_FILES.items():
+            write(directory, name.format(command.name), completion.script(command, shell))
     return files
 
 

@@ -23,6 +23,11 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the outcome of comparisons with diskimage-builder goes."""
+    parser.addoption("--comparisons", metavar="FILE", help="write what test_drop_in.py compared to FILE, as a table")
+
+
 def pytest_configure() -> None:
     """Take back what is this machine's: a language, settings, and ignored signals, as of nohup, which are inherited."""
     for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):

@@ -265,7 +265,7 @@ BAD_VALUES = [
     (["--kvm", "yes"], "unknown value of --kvm 'yes'"),
     (["--arch", "a/b"], "cannot use 'a/b' as an architecture"),
     (["-p", ""], "cannot use '' as the directory of --element-path"),
-    (["-B", ""], "cannot use '' as the directory of -B"),
+    (["-B", ""], "cannot use '' as the directory of --dib-library"),
     (["--exclude-element", ""], "cannot use an empty name for --exclude-element"),
     (["--ramdisk-element", " "], "cannot use an empty name for --ramdisk-element"),
     (["--size", "--"], "cannot use '--' as the size of the image"),

@@ -18,17 +18,17 @@ from pathlib import Path
 import pytest
 
 from generate import completion
-from helpers import make_element
-from virt_dib import tools
-from virt_dib.options import BY_NAME, GROUPS, LISTS, OFFERS, Offer
+from generate.completion import COMMANDS, SHELLS
+from helpers import TESTS, make_element
+from virt_dib import dib_command, tools
+from virt_dib.options import LISTS, OFFERS, Offer
 
-SHELLS = ("bash", "zsh", "fish")
 _ZSH_LIMIT_S = 120
 _LIST = "\x0c"
 _ASK_BASH = """\
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
-_virt_dib; printf '%s\\n' "${COMPREPLY[@]}"
+"_${1//-/_}"; printf '%s\\n' "${COMPREPLY[@]}"
 """
 _ASK_FISH = "source $argv[1]; complete -C $argv[2]"
 _ZSH_SETUP = """\
@@ -51,9 +51,12 @@ def shell(request: pytest.FixtureRequest) -> str:
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the shells are: with the scripts, elements, and virt-dib on the PATH."""
     here = tmp_path_factory.mktemp("completion")
-    for name, text in completion.scripts().items():
-        (here / name).write_text(text)
+    for name, command in COMMANDS.items():
+        for shell in SHELLS:
+            file = f"_{name}" if shell == "zsh" else f"{name}.{shell}"
+            (here / file).write_text(completion.script(command, shell))
     make_element(here / "elements", "zebra-os", {"root.d/10-zebra": ""})
+    make_element(here / "of-the-path", "yak-os", {"root.d/10-yak": ""})
     (here / "elephant.txt").touch()
     (here / "virt-dib").write_text(f'#!/bin/sh\nexec {sys.executable} -m virt_dib "$@"\n')
     (here / "virt-dib").chmod(0o755)
@@ -66,6 +69,7 @@ def surroundings(directory: Path) -> Mapping[str, str]:
         "HOME": str(directory),
         "TERM": "xterm",
         "FRUIT_OF_THE_DAY": "plum",
+        "ELEMENTS_PATH": f"/nothing/here:{directory}/of-the-path",
     }
 
 
@@ -93,7 +97,7 @@ class Zsh:
                     # It shows no list while there are keys to read.
                     shown = _read_until(ours, r"\n.*\S") if line.endswith(_LIST) else ""
                     os.write(ours, b"\x19")
-                    answers.append(shown + _read_until(ours, r"=virt-dib[^=\r\n]*(=[^=\r\n]*)?=\r"))
+                    answers.append(shown + _read_until(ours, r"=virt-[^=\r\n]*(=[^=\r\n]*)?=\r"))
                 return answers
         finally:
             os.close(ours)
@@ -113,42 +117,52 @@ def offered(shell: str, directory: Path, *words: str) -> Sequence[str]:
     """What bash or fish offers for the last of *words*."""
     if shell == "bash":
         split = [part for word in words for part in re.split(r"(=)", word) if part or not word]
-        command: list[str | Path] = ["bash", "--norc", "-c", _ASK_BASH, "ask", directory / "virt-dib.bash", *split]
+        command: list[str | Path] = ["bash", "--norc", "-c", _ASK_BASH, "ask", directory / f"{words[0]}.bash", *split]
     else:
-        command = ["fish", "--no-config", "-c", _ASK_FISH, directory / "virt-dib.fish", " ".join(words)]
+        command = ["fish", "--no-config", "-c", _ASK_FISH, directory / f"{words[0]}.fish", " ".join(words)]
     result = tools.run(command, doing="asking", environment=surroundings(directory), cwd=directory, check=False)
     assert result.stderr == ""
     return [line.split("\t")[0] for line in result.stdout.splitlines()]
 
 
 QUESTIONS = [
-    (["--isol"], ["--isolation"]),
-    (["--isolation", "sa"], ["sandbox"]),
-    (["debian-minimal", "--fs-type", "x"], ["xfs"]),
-    (["--formats", "qc"], ["qcow2"]),
-    (["--formats", "qcow2,ra"], ["qcow2,raw"]),
-    (["debian-min"], ["debian-minimal"]),
-    (["-p", "ele"], ["elements/"]),
-    (["--name", "elep"], ["elephant.txt"]),
-    (["--envvar", "FRUIT_O"], ["FRUIT_OF_THE_DAY"]),
-    (["-p", "elements", "zeb"], ["zebra-os"]),
-    (["--element-path", "elements", "--exclude-element", "zeb"], ["zebra-os"]),
+    ("virt-dib --isol", "--isolation"),
+    ("virt-dib --isolation sa", "sandbox"),
+    ("virt-dib debian-minimal --fs-type x", "xfs"),
+    ("virt-dib --formats qc", "qcow2"),
+    ("virt-dib --formats qcow2,ra", "qcow2,raw"),
+    ("virt-dib debian-min", "debian-minimal"),
+    ("virt-dib -p ele", "elements/"),
+    ("virt-dib --name elep", "elephant.txt"),
+    ("virt-dib --envvar FRUIT_O", "FRUIT_OF_THE_DAY"),
+    ("virt-dib -p elements zeb", "zebra-os"),
+    ("virt-dib --element-path elements --exclude-element zeb", "zebra-os"),
+    ("virt-disk-image-create --image-e", "--image-extra-size"),
+    ("virt-disk-image-create -x -t qcow2,ra", "qcow2,raw"),
+    ("virt-disk-image-create debian-min", "debian-minimal"),
+    ("virt-disk-image-create -x ya", "yak-os"),
+    ("virt-ramdisk-image-create --ramdisk-element dracut-ra", "dracut-ramdisk"),
+    ("virt-ramdisk-image-create --logfile elep", "elephant.txt"),
+    ("virt-ramdisk-image-create --image-cache ele", "elements/"),
+    ("virt-diskimage-builder --stop", "--stop-on-failure"),
+    ("virt-diskimage-builder --jobs 2 elep", "elephant.txt"),
+    ("virt-diskimage-builder --result elep", "elephant.txt"),
+    ("virt-dib-links --rem", "--remove"),
+    ("virt-dib-links ele", "elements/"),
 ]
 
 
 @pytest.mark.option("--list-elements")
 def test_what_is_offered(shell: str, directory: Path) -> None:
     if shell == "zsh":
-        texts = Zsh(directory).press(*(f"{' '.join(['virt-dib', *words])}\t" for words, _ in QUESTIONS))
+        texts = Zsh(directory).press(*(f"{line}\t" for line, _ in QUESTIONS))
         # What may come next, a value or another word of a list, has been begun.
-        lines = [re.findall(r"=(virt-dib.*)=\r", text)[-1].rstrip(" =,") for text in texts]
-        assert lines == [" ".join(["virt-dib", *words[:-1], answer[0]]) for words, answer in QUESTIONS]
+        lines = [re.findall(r"=(virt-.*)=\r", text)[-1].rstrip(" =,") for text in texts]
+        assert lines == [" ".join([*line.split()[:-1], answer]) for line, answer in QUESTIONS]
         return
-    for words, answer in QUESTIONS:
+    for line, answer in QUESTIONS:
         # bash adds the slash to directories itself.
-        assert [word.rstrip("/") for word in offered(shell, directory, "virt-dib", *words)] == [
-            word.rstrip("/") for word in answer
-        ]
+        assert [word.rstrip("/") for word in offered(shell, directory, *line.split())] == [answer.rstrip("/")], line
 
 
 def test_values_in_the_same_word(shell: str, directory: Path) -> None:
@@ -170,25 +184,47 @@ def test_a_word_of_a_list_is_offered_once(shell: str, directory: Path) -> None:
     assert all(word.startswith("qcow2,") and word.count("qcow2") == 1 for word in words)
 
 
-def test_all_options_are_offered_and_no_others(shell: str, directory: Path) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_options_are_offered_and_no_others(shell: str, directory: Path, name: str) -> None:
     if shell == "zsh":
-        short, long = Zsh(directory).press("virt-dib -\x0c", "virt-dib --\x0c")
+        short, long = Zsh(directory).press(f"{name} -\x0c", f"{name} --\x0c")
         lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", short + long).splitlines()
         listed = {name for line in lines for name in re.findall(r"(?<!\S)--?[A-Za-z][a-z-]*", line.split(" -- ")[0])}
     elif shell == "bash":
-        listed = set(offered(shell, directory, "virt-dib", "-"))
+        listed = set(offered(shell, directory, name, "-"))
     else:
-        listed = {*offered(shell, directory, "virt-dib", "-"), *offered(shell, directory, "virt-dib", "--")}
-    assert listed == BY_NAME.keys()
+        listed = {*offered(shell, directory, name, "-"), *offered(shell, directory, name, "--")}
+    assert listed == set(COMMANDS[name].names)
 
 
-def test_each_offer_is_for_an_option_that_takes_a_value() -> None:
-    with_value = {option.dest for options in GROUPS.values() for option in options if option.wants_value}
-    assert OFFERS.keys() - with_value == set()
+def test_an_option_that_counts_is_offered_again(shell: str, directory: Path) -> None:
+    if shell == "zsh":
+        (text,) = Zsh(directory).press("virt-disk-image-create -x -\x0c")
+        assert re.search(r"^-x\b", text, re.MULTILINE)
+        return
+    assert "-x" in offered(shell, directory, "virt-disk-image-create", "-x", "-")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_offer_is_for_an_option_that_takes_a_value(name: str) -> None:
+    command = COMMANDS[name]
+    # Drop-ins have the offers of virt-dib for what they share with it.
+    offers = command.offers.keys() - (OFFERS.keys() if command.options is dib_command.OPTIONS else ())
+    assert offers - {option.dest for option in command.values} == set()
     assert all(not isinstance(OFFERS[dest], Offer) for dest in LISTS)
 
 
-def test_the_scripts_pass_shellcheck(directory: Path) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_scripts_pass_shellcheck(directory: Path, name: str) -> None:
     if tools.find("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    assert tools.run(["shellcheck", directory / "virt-dib.bash"], doing="checking", check=False).stdout == ""
+    assert tools.run(["shellcheck", directory / f"{name}.bash"], doing="checking", check=False).stdout == ""
+
+
+def test_the_language_of_who_builds_the_package_is_not_in_the_scripts(tmp_path: Path) -> None:
+    command: list[str | Path] = [sys.executable, "-m", "generate.share", tmp_path]
+    environment = {**os.environ, "LANGUAGE": "ja"}
+    tools.run(command, doing="making the scripts", environment=environment, cwd=TESTS.parent)
+    scripts = [path for path in tmp_path.rglob("*") if path.is_file() and "doc" not in path.parts]
+    assert len(scripts) >= len(COMMANDS) * len(SHELLS)
+    assert [path for path in scripts if not path.read_text().isascii() and "man" not in path.parts] == []

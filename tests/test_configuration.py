@@ -325,7 +325,7 @@ def test_many_mistakes_are_told_together(surroundings: dict[str, str], user: Pat
 
 
 WRONG = {
-    "dib-library": ("", "cannot use '' as the directory of -B"),
+    "dib-library": ("", "cannot use '' as the directory of --dib-library"),
     "python": ("no-such-python", "cannot use 'no-such-python' as --python: there is no such program"),
     "isolation": ("chroot", "unknown value of --isolation 'chroot'"),
     "extra-data": ("here", "unknown value of --extra-data 'here'"),
@@ -368,8 +368,8 @@ def test_a_value_of_no_kind_that_is_known(value: str, surroundings: dict[str, st
         ("VIRT_DIB_NO_NETWORK", "did you mean 'VIRT_DIB_NETWORK'?"),
         ("VIRT_DIB_MEMORY", "did you mean 'VIRT_DIB_MEMSIZE'?"),
         ("VIRT_DIB_CONFG", "did you mean 'VIRT_DIB_CONFIG'?"),
-        ("VIRT_DIB_SIZE", "give it on the command line: --size"),
-        ("VIRT_DIB_ELEMENT_PATH", "give it on the command line: --element-path"),
+        ("VIRT_DIB_SIZE", "give it with each build: --size"),
+        ("VIRT_DIB_ELEMENT_PATH", "give it with each build: --element-path"),
         ("VIRT_DIB_", "'virt-dib --show-config' lists what can be set"),
         ("VIRT_DIB_ZZZZ", "'virt-dib --show-config' lists what can be set"),
     ],
@@ -387,8 +387,8 @@ def test_a_variable_that_is_not_known(name: str, hint: str, surroundings: dict[s
         ("image_cache", "did you mean 'image-cache'?"),
         ("Isolation", "did you mean 'isolation'?"),
         ("no-network", "did you mean 'network'?"),
-        ("quiet", "give it on the command line: --quiet"),
-        ("element_path", "give it on the command line: --element-path"),
+        ("quiet", "give it with each build: --quiet"),
+        ("element_path", "give it with each build: --element-path"),
         ("zzzz", "'virt-dib --show-config' lists what can be set"),
         ('""', "'virt-dib --show-config' lists what can be set"),
     ],

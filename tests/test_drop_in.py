@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -21,7 +22,8 @@ from pathlib import Path
 import pytest
 
 import ext4
-from helpers import BUILD_TIMEOUT_S, make_element, make_probe, make_tiny_os, skip_without
+from comparisons import Comparison, Table
+from helpers import BUILD_TIMEOUT_S, TESTS, make_element, make_probe, make_tiny_os, skip_without
 from test_contract import CERTIFICATE_VARIABLES, OF_BASH
 from virt_dib import tools
 from virt_dib.spec import Phase
@@ -29,6 +31,7 @@ from virt_dib.spec import Phase
 COMMANDS = Path(sys.executable).parent
 PATH = f"{COMMANDS}:/usr/sbin:/usr/bin:/sbin:/bin"
 SIZE = {"DIB_IMAGE_SIZE": "0.25"}
+_IGNORED = "Ignoring non-executable files:"
 _DATE = re.compile(r"-\d{4}\.\d\d\.\d\d-\d\d\.\d\d\.\d\d\.")
 
 CONFIG = json.dumps([
@@ -203,10 +206,38 @@ FULL: Mapping[str, Case] = {
     "version": Case(arguments=["--version"], stdout_only=True),
 }  # fmt: skip
 
-STATUS_DIFFERS = {
-    "failing-block-device.d": "tee hides it there",
-    "empty-elements": "element-info says 2 there",
+STATUS_DIFFERS = {"failing-block-device.d": "status of block-device.d", "empty-elements": "status without elements"}
+
+VARIABLES_THAT_DIFFER: Mapping[str, Sequence[str]] = {
+    "variables of the host": (
+        "DIB_IMAGE_CACHE", "DIB_LOCKFILES", "HOME", "PATH", "TMP_DIR", "VIRTUAL_ENV", "XDG_CACHE_HOME",
+        "VIRT_DIB_ISOLATION",
+    ),
+    "variables of sudo": (
+        "LOGNAME", "SHELL", "SUDO_COMMAND", "SUDO_GID", "SUDO_UID", "SUDO_USER", "TERM", "USER",
+    ),
+    "variables of the programs between": (
+        "LANG", "LC_CTYPE", "PS4", "PYTHONUNBUFFERED", *sorted(OF_BASH),
+    ),
+    "order of elements": ("IMAGE_ELEMENT", "IMAGE_ELEMENT_YAML", "DIB_ENV"),
+    "certificates": sorted(CERTIFICATE_VARIABLES),
+}  # fmt: skip
+"""What is not compared, by the differences below."""
+DIFFERENCES = {
+    "status of block-device.d": "a script of block-device.d that fails ends it with status 1",
+    "status without elements": "without any element, but an empty argument, it ends with status 2",
+    "dot files": "files whose names begin with a dot, at the top of the tree, are lost on the way into the image",
+    "tar of mounts": "tar and tgz have what is in /dev, /proc and /sys of the tree while it is mounted",
+    "ignored files": "it says which files it ignores in the directories of hooks",
+    "paths": "paths in variables are the host's",
+    "variables of the host": "variables that name places of the host",
+    "variables of sudo": "variables that sudo sets",
+    "variables of the programs between": "variables that a program between the command and the script sets",
+    "order of elements": "the order of elements in variables is by chance",
+    "certificates": "no variables name the CA certificates of the host",
 }
+"""What differs on purpose or by nature, in the words of docs/drop-in.md."""
+PAGE = TESTS.parent / "docs" / "drop-in.md"
 
 
 @pytest.fixture(scope="session")
@@ -280,19 +311,29 @@ def run_parts(outcome: Outcome) -> list[str]:
     """What dib-run-parts says, without paths and seconds. The elements of DIB itself come first in nobody's order."""
     lines = [line for line in outcome.printed.splitlines() if line.startswith("dib-run-parts ")]
     shown = [re.sub(r"\S*/(?:hooks|in_target\.d)/", "", re.sub(r" +\d+\.\d{3}$", " SECONDS", line)) for line in lines]
-    return [line for line in shown if "Ignoring non-executable" not in line]
+    return [line for line in shown if _IGNORED not in line]
 
 
-def tree(image: Path) -> list[tuple[str, object]]:
+def ignored(outcome: Outcome) -> set[str]:
+    """The files that dib-run-parts says to ignore."""
+    return {
+        name
+        for line in outcome.printed.splitlines()
+        if line.startswith("dib-run-parts ") and _IGNORED in line
+        for name in line.partition(_IGNORED)[2].split()
+    }
+
+
+def tree(image: Path) -> dict[str, object]:
+    """What is in a file system, but for the probe's notes."""
     without = frozenset({"mtime_ns", "size", "links"})
     with ext4.opened(image) as file_system:
         entries = file_system.entries()
-    return [
-        (repr(path), ext4.told(entries[path], without=without if path in (b"/", b"") else frozenset({"mtime_ns"})))
+    return {
+        os.fsdecode(path): ext4.told(entries[path], without=without if path in (b"/", b"") else frozenset({"mtime_ns"}))
         for path in sorted(entries)
-        # DIB loses what begins with a dot at the top of the tree (contract section 1.4).
-        if not path.startswith((b"/var/lib/probe/", b"/."))
-    ]
+        if not path.startswith(b"/var/lib/probe/")
+    }
 
 
 def facts(image: Path) -> dict[str, object]:
@@ -303,101 +344,161 @@ def facts(image: Path) -> dict[str, object]:
     return kept | {name: told[name] for name in ("cluster-size",) if name in told}
 
 
-def members(archive: Path) -> list[tuple[str, bytes, int, int, int, str, str]]:
+def members(archive: Path) -> dict[str, object]:
+    """What is in an archive."""
     with tarfile.open(archive) as tar:
-        return sorted(
-            (
-                member.name, member.type, member.mode, member.uid, member.gid, member.linkname,
+        return {
+            member.name.removeprefix("."): (
+                member.type, member.mode, member.uid, member.gid, member.linkname,
                 hashlib.sha256(tar.extractfile(member).read()).hexdigest() if member.isreg() else "",  # type: ignore[union-attr] # a file
             )
             for member in tar
-            # DIB loses what begins with a dot at the top, and takes the content of /dev with it.
-            if not member.name.startswith(("./dev/", "./proc/", "./sys/", "./."))
-            and member.name not in ("./proc", "./sys")
-        )  # fmt: skip
+        }  # fmt: skip
 
 
-def probed(outcome: Outcome) -> dict[str, dict[str, str]]:
-    """The environment that the probe saw in each phase, places of this build as words."""
+def environments(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """What the probe saw in each phase, the working directory as a word."""
     found = {}
     for phase in Phase:
         path = outcome.directory / "probe" / f"{phase.directory}.environment"
-        items = [os.fsdecode(item).split("=", 1) for item in path.read_bytes().split(b"\0") if item]
+        text = os.fsdecode(path.read_bytes()).replace(str(outcome.directory), "@HERE@")
+        items = [item.split("=", 1) for item in text.split("\0") if item]
         found[phase.directory] = dict(items)
-    places = {found["cleanup.d"][name]: name for name in ("TMP_BUILD_DIR", "TMP_IMAGE_DIR", "_LIB", "DIB_PYTHON_EXEC")}
-    places |= {part: f"PATH{n}" for n, part in enumerate(found["cleanup.d"]["ELEMENTS_PATH"].split(":"))}
-    places[str(outcome.directory)] = "@HERE@"
-    for variables in found.values():
-        for name in variables:
-            for place in sorted(places, key=len, reverse=True):
-                variables[name] = variables[name].replace(place, places[place])
     return found
 
 
-NOT_COMPARED = {
-    "PATH": "of the host outside", "HOME": "of the guest", "USER": "root in the guest", "LOGNAME": "of sudo",
-    "SHELL": "of sudo", "TERM": "none here", "LANG": "set by us", "LC_CTYPE": "of the Python that starts DIB",
-    "PYTHONUNBUFFERED": "set by us", "PS4": "lost or not on the way to bash", "TMP_DIR": "of the host",
-    "VIRTUAL_ENV": "of the host",
-    "XDG_CACHE_HOME": "of the host", "VIRT_DIB_ISOLATION": "ours", "IMAGE_ELEMENT": "in random order with DIB",
-    "IMAGE_ELEMENT_YAML": "in random order with DIB", "DIB_IMAGE_CACHE": "of the host", "DIB_LOCKFILES": "of the host",
-    "DIB_ENV": "in another order", "DIB_MANIFEST_SAVE_DIR": "of an element that is not there",
-    **dict.fromkeys(("SUDO_COMMAND", "SUDO_GID", "SUDO_UID", "SUDO_USER"), "of sudo"),
-}  # fmt: skip
+def with_places(seen: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """The same, places of this build as words."""
+    last = seen["cleanup.d"]
+    places = {last[name]: name for name in ("TMP_BUILD_DIR", "TMP_IMAGE_DIR", "_LIB", "DIB_PYTHON_EXEC")}
+    places |= {part: f"PATH{n}" for n, part in enumerate(last["ELEMENTS_PATH"].split(":"))}
+    pattern = re.compile("|".join(re.escape(place) for place in sorted(places, key=len, reverse=True)))
+    return {
+        phase: {name: pattern.sub(lambda match: places[match[0]], value) for name, value in variables.items()}
+        for phase, variables in seen.items()
+    }
 
 
-def compared(variables: Mapping[str, str]) -> dict[str, str]:
-    without = {*NOT_COMPARED, *OF_BASH, *CERTIFICATE_VARIABLES}
-    return {name: value for name, value in variables.items() if name not in without and "BASH_FUNC" not in name}
+def compare_environments(made: Comparison, theirs: Outcome, ours: Outcome) -> None:
+    there, here = environments(theirs), environments(ours)
+    placed_there, placed_here = with_places(there), with_places(here)
+    explained = {name: difference for difference, names in VARIABLES_THAT_DIFFER.items() for name in names}
+    differing: dict[str, set[str]] = {}
+    count = 0
+    for phase in there:
+        names = sorted(name for name in there[phase].keys() | here[phase].keys() if "BASH_FUNC" not in name)
+        for name in names:
+            if name in explained:
+                if there[phase].get(name) != here[phase].get(name):
+                    differing.setdefault(explained[name], set()).add(name)
+            elif there[phase].get(name) != here[phase].get(name):
+                differing.setdefault("paths", set()).add(name)
+        wanted, seen = (
+            {name: placed[phase].get(name) for name in names if name not in explained}
+            for placed in (placed_there, placed_here)
+        )
+        count = max(count, len(seen))
+        if wanted != seen:
+            made.same(f"variables in {phase}", wanted, seen)
+    made.same("phases with a probe", list(there), list(here), f"{len(there)}, {count} variables compared in each")
+    for difference, names_found in differing.items():
+        made.differs("variables", difference, names_found)
 
 
-def check_images(theirs: Outcome, ours: Outcome) -> None:
+def compare_images(made: Comparison, theirs: Outcome, ours: Outcome) -> None:
     for path in sorted(theirs.directory.rglob("*")):
-        other = ours.directory / path.relative_to(theirs.directory)
+        name = path.relative_to(theirs.directory)
+        other = ours.directory / name
         if path.suffix in (".raw", ".qcow2", ".vmdk", ".vdi", ".vhdx") and other.exists() and path.stat().st_size > 9:
-            assert facts(other) == facts(path), path.name
+            there, here = facts(path), facts(other)
+            made.same(f"{name}: format and size", there, here, ", ".join(f"{key} {here[key]}" for key in here))
             if path.suffix == ".raw" and path.read_bytes()[1080:1082] == b"\x53\xef":
-                assert ext4.complaints(other) == ""
-                assert tree(other) == tree(path)
-                made, wanted = ext4.superblock(other), ext4.superblock(path)
-                assert {name: made.get(name) for name in ext4.DECIDED_BY_MKFS} == {
-                    name: wanted.get(name) for name in ext4.DECIDED_BY_MKFS
-                }
+                made.same(f"{name}: complaints of e2fsck", "", ext4.complaints(other))
+                compare_trees(made, f"{name}: tree", tree(path), tree(other))
+                wanted, found = ext4.superblock(path), ext4.superblock(other)
+                chosen = sorted(ext4.DECIDED_BY_MKFS)
+                made.same(
+                    f"{name}: superblock",
+                    {field: wanted.get(field) for field in chosen},
+                    {field: found.get(field) for field in chosen},
+                    f"{len(chosen)} fields",
+                )
         elif path.suffix in (".tar", ".tgz"):
-            assert members(other) == members(path)
+            compare_trees(made, f"{name}: members", members(path), members(other))
 
 
-def check(name: str, case: Case, elements: Path, directory: Path) -> None:
+def compare_trees(made: Comparison, what: str, theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
+    """Compare what is in two trees, but for what diskimage-builder loses, or takes from mounts."""
+
+    def kept(path: str) -> bool:
+        return not path.startswith("/.") and re.match(r"/(dev/|proc(/|$)|sys(/|$))", path) is None
+
+    there, here = ({path: tree[path] for path in tree if kept(path)} for tree in (theirs, ours))
+    made.same(what, there, here, f"{len(there)} files and directories")
+    others = {path for path in theirs.keys() | ours.keys() if not kept(path) and theirs.get(path) != ours.get(path)}
+    made.differs(what, "dot files", (path for path in others if path.startswith("/.")))
+    mounts = {path.split("/")[1] for path in others if not path.startswith("/.")}
+    made.differs(what, "tar of mounts", (f"/{name}" for name in mounts))
+
+
+def check(name: str, case: Case, elements: Path, directory: Path, table: Table) -> None:
     theirs = run(case, case.program, directory / "theirs", elements)
     ours = run(case, f"virt-{case.program}", directory / "ours", elements)
-    if name in STATUS_DIFFERS:
-        assert (theirs.exit_status == 0) == (ours.exit_status == 0)
+    variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in case.variables.items())
+    made = Comparison(name=name, command=f"{variables} {case.program} {shlex.join(case.arguments)}".strip())
+    if name in STATUS_DIFFERS and theirs.exit_status != ours.exit_status:
+        made.same("success", theirs.exit_status == 0, ours.exit_status == 0)
+        statuses = f"{theirs.exit_status} there, {ours.exit_status} here"
+        made.differs("exit status", STATUS_DIFFERS[name], [statuses])
     else:
-        assert ours.exit_status == theirs.exit_status, ours.printed[-3000:]
-    assert run_parts(ours) == run_parts(theirs)
-    assert names(ours) == names(theirs)
-    assert texts(ours) == texts(theirs)
+        made.same("exit status", theirs.exit_status, ours.exit_status, str(ours.exit_status))
+    lines = run_parts(ours)
+    made.same("lines of dib-run-parts", run_parts(theirs), lines, str(len(lines)))
+    made.differs("lines of dib-run-parts", "ignored files", ignored(theirs) ^ ignored(ours))
+    made.same("names of files", names(theirs), names(ours), ", ".join(names(ours)) or "none")
+    small = texts(ours)
+    made.same("what is in small files", texts(theirs), small, f"{len(small)} files")
     if case.stdout_only:
-        assert ours.printed == theirs.printed
-    check_images(theirs, ours)
+        made.same("all that is printed", theirs.printed, ours.printed)
+    compare_images(made, theirs, ours)
     if (theirs.directory / "probe").exists():
-        wanted = probed(theirs)
-        for phase, variables in probed(ours).items():
-            assert compared(variables) == compared(wanted[phase]), phase
+        compare_environments(made, theirs, ours)
+    table.add(made)
+    assert made.failures == [], "\n\n".join([*made.failures, ours.printed[-3000:]])
     shutil.rmtree(directory)
 
 
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Table:
+    path = request.config.getoption("--comparisons")
+    return Table(path=None if path is None else Path(path), order=[*QUICK, *FULL], pages=DIFFERENCES)
+
+
 @pytest.mark.appliance
+@pytest.mark.drop_in
 @pytest.mark.needs_root
 @pytest.mark.parametrize("name", QUICK)
-def test_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path) -> None:
+def test_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path, table: Table) -> None:
     skip_without("sandbox")
-    check(name, QUICK[name], elements, tmp_path)
+    check(name, QUICK[name], elements, tmp_path, table)
 
 
 @pytest.mark.drop_in
 @pytest.mark.needs_root
 @pytest.mark.parametrize("name", FULL)
-def test_all_else_is_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path) -> None:
+def test_all_else_is_the_same_as_disk_image_create(name: str, elements: Path, tmp_path: Path, table: Table) -> None:
     skip_without("sandbox")
-    check(name, FULL[name], elements, tmp_path)
+    check(name, FULL[name], elements, tmp_path, table)
+
+
+def test_each_difference_is_on_the_page() -> None:
+    page = re.sub(r"\s+", " ", PAGE.read_text(encoding="utf-8").replace("`", ""))
+    assert [text for text in DIFFERENCES.values() if text not in page] == []
+    assert {*STATUS_DIFFERS.values(), *VARIABLES_THAT_DIFFER} <= DIFFERENCES.keys()
+
+
+@pytest.mark.parametrize("difference", VARIABLES_THAT_DIFFER)
+def test_each_variable_that_differs_is_on_the_page(difference: str) -> None:
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if DIFFERENCES[difference] in line]
+    named = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert set(VARIABLES_THAT_DIFFER[difference]) <= named

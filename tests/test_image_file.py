@@ -393,10 +393,11 @@ WE_REFUSE = {
         "- qemu-img-options: {on: a}\n", "2.yaml:1: on, which is true where the name of a key belongs"
     ),
     "a name without letters": (
-        "- environment: {'': a}\n", "2.yaml:1: key 'environment', '': cannot use this name: it is empty"
+        "- environment: {'': a}\n", "2.yaml:1: key 'environment', name '': cannot use this name: it is empty"
     ),
     "a name with =": (
-        "- environment: {A=B: a}\n", "2.yaml:1: key 'environment', 'A=B': cannot use this name: there is a '=' in it"
+        "- environment: {A=B: a}\n",
+        "2.yaml:1: key 'environment', name 'A=B': cannot use this name: there is a '=' in it",
     ),
     "a NUL": (
         '- elements: [a, "b\\0"]\n', "2.yaml:1: key 'elements', number 2: cannot use 'b\0': there is a NUL in it"
@@ -490,7 +491,7 @@ def test_all_mistakes_of_all_files_are_told_in_their_order(write: Write) -> None
             "write it as a list: [vm]",
         ),
         Problem(
-            "1.yaml:5: key 'environment', 'DIB_SIZE' wants a text, not the number 5", 'put it in quotes: "5"'
+            "1.yaml:5: key 'environment', name 'DIB_SIZE' wants a text, not the number 5", 'put it in quotes: "5"'
         ),
         Problem(
             "1.yaml:7: the text 'images' where the map of an image belongs", "write NAME: VALUE, one on each line"
@@ -534,7 +535,7 @@ def test_all_mistakes_of_all_files_are_told_in_their_order(write: Write) -> None
         ("- packages: [a, [b]]", "key 'packages', number 2 wants a text, not a list", "give one text"),
         ("- packages: {a: b}", "key 'packages' wants a list of texts, not a map", "begin each of them with '- '"),
         ("- image-size: 0", "key 'image-size' wants a whole number of 1 or more, not the number 0", None),
-        ("- debug-trace: 7", "key 'debug-trace': 7 is not one of 0, 1, 2", "take one of them"),
+        ("- debug-trace: 7", "key 'debug-trace' wants one of 0, 1, 2, not 7", "take one of them"),
         ("- install-type: sources", "key 'install-type': 'sources' is not one of source, package", None),
         ("- 5: a", "the number 5 where the name of a key belongs", 'put it in quotes: "5"'),
         ("- zzz: a", "unknown key 'zzz'", None),
@@ -640,4 +641,6 @@ def test_a_long_chain_of_merges_is_refused(write: Write) -> None:
 def test_anchors_that_hold_themselves(write: Write) -> None:
     assert write.messages("&a [*a]\n") == ["1.yaml:1: a list where the map of an image belongs"]
     assert write.messages("- elements: &a [*a, b]\n") == ["2.yaml:1: key 'elements', number 1 wants a text, not a list"]
-    assert write.messages("- environment: &a {A: *a}\n") == ["3.yaml:1: key 'environment', 'A' wants a text, not a map"]
+    assert write.messages("- environment: &a {A: *a}\n") == [
+        "3.yaml:1: key 'environment', name 'A' wants a text, not a map"
+    ]

@@ -221,6 +221,15 @@ def test_the_command_is_that_of_the_drop_ins() -> None:
     assert "ramdisk" in result.stdout
 
 
+@pytest.mark.parametrize(("ramdisk", "prog"), [(False, "virt-disk-image-create"), (True, "virt-ramdisk-image-create")])
+def test_a_build_that_is_run_here_speaks_of_keys(tmp_path: Path, prog: str, *, ramdisk: bool) -> None:
+    words = [batch.OF_FILES, *([batch.AS_RAMDISK] if ramdisk else []), "-o", str(tmp_path / "x"), "-t", ","]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    result = tools.run([*batch.COMMAND, *words], doing="asking", cwd=ROOT, environment=environment, check=False)
+    assert f"{prog}: error: no format named in types\n" in result.stderr
+    assert f"{prog}: hint: name at least an operating system, such as: elements: [debian" in result.stderr
+
+
 def test_builds_get_arguments_and_the_environment(here: Here) -> None:
     here.write(
         "a.yaml",
@@ -230,8 +239,8 @@ def test_builds_get_arguments_and_the_environment(here: Here) -> None:
     result = here.run("a.yaml", SHARED="process", INHERITED="yes")
     assert result.exit_status == 0
     a, b = here.note("a"), here.note("b")
-    assert a["arguments"] == [batch.AS_RAMDISK, "-o", "a b", "", "e"]
-    assert b["arguments"] == ["-o", "b"]
+    assert a["arguments"] == [batch.OF_FILES, batch.AS_RAMDISK, "-o", "a b", "", "e"]
+    assert b["arguments"] == [batch.OF_FILES, "-o", "b"]
     told = {name: a["environment"].get(name) for name in ("OWN", "SHARED", "INHERITED", "a-b", batch.CPUS_VARIABLE)}
     assert told == {"OWN": "x\ny", "SHARED": "image", "INHERITED": "yes", "a-b": "c", batch.CPUS_VARIABLE: None}
     assert (b["environment"]["SHARED"], "OWN" in b["environment"]) == ("process", False)
@@ -265,7 +274,7 @@ def test_a_dry_run_can_be_pasted(here: Here) -> None:
     here.run("a.yaml")
     for name in "ab":
         note = here.note(name)
-        assert note["arguments"] == pasted[name]["arguments"]
+        assert note["arguments"] == [batch.OF_FILES, *pasted[name]["arguments"]]
         assert note["environment"].get("ODD") == pasted[name]["environment"].get("ODD")
         assert note["environment"].get("a-b") == pasted[name]["environment"].get("a-b")
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from test_debian import as_ordinary_user, mirrors
-from virt_dib import dib, elements, hooks, kvm, tools
+from virt_dib import dib, elements, environment, hooks, kvm, tools
 from virt_dib.boot import boot_kernel
 from virt_dib.plan import make_plan
 from virt_dib.spec import BuildSpec
@@ -150,3 +151,109 @@ def test_elements_of_ironic_python_agent_builder_make_a_ramdisk(directory: Path)
     tools.run(["sha256sum", "--check", "r.sha256"], doing="checking the sums", cwd=directory / "r.d")
     assert 'DIB_CHECKSUM="sha256"' in (directory / "r.d/dib-manifests/dib_environment").read_text()
     boots(directory, r"login:")
+
+
+# ---- ironic-python-agent-builder itself ----
+
+AGENT_BUILDER = "ironic-python-agent-builder==7.4.0"
+SOURCES = {"ironic_python_agent": "ironic-python-agent", "glean": "glean"}
+"""What its elements clone, by their names for it, and the packages on PyPI that have the same."""
+STARTED = r"Started .*(?:ironic-python-agent|Ironic Python Agent)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """An ordinary user who builds ramdisks with it, in a directory of their own."""
+
+    directory: Path
+    become: Sequence[str]
+
+    @classmethod
+    def at(cls, directory: Path) -> Caller:
+        return cls(directory=directory, become=as_ordinary_user(directory, "sandbox"))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where our commands come first."""
+        places = [self.directory / "links", self.directory / "venv/bin", "/usr/bin", "/bin"]
+        return {
+            "HOME": str(self.directory),
+            "PATH": ":".join(map(str, places)),
+            "TMPDIR": str(self.directory),
+            "VIRT_DIB_ISOLATION": "sandbox",
+        }
+
+    def run(self, *command: str | Path, variables: Mapping[str, str] | None = None, timeout_s: float = 1800) -> str:
+        result = tools.run(
+            [*self.become, *command],
+            doing=f"running {Path(command[0]).name}",
+            cwd=self.directory,
+            environment={**self.environment, **(variables or {})},
+            timeout_s=timeout_s,
+        )
+        return result.stdout
+
+    def prepare(self) -> dict[str, str]:
+        """Install it as its documentation says, link our commands, make repositories; give variables that name them."""
+        # How this host reaches packages is no business of the build.
+        pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        self.run(sys.executable, "-m", "venv", "venv")
+        self.run("venv/bin/pip", "install", "--quiet", AGENT_BUILDER, variables=pip)
+        self.run(Path(sys.executable).parent / "virt-dib-links", "links")
+        self.run(
+            "venv/bin/pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary=:all:",
+            "-d",
+            "sdists",
+            *SOURCES.values(),
+            variables=pip,
+        )
+        repositories = {name: self._repository(package) for name, package in SOURCES.items()}
+        repositories["requirements"] = self._repository("requirements")
+        named = {f"DIB_REPOLOCATION_{name}": str(path) for name, path in repositories.items()}
+        return named | {f"DIB_REPOREF_{name}": "master" for name in repositories}
+
+    def _repository(self, package: str) -> Path:
+        """A git repository with what is in the source distribution of *package*, or with constraints alone."""
+        path = self.directory / "repositories" / package
+        self.run("mkdir", "-p", path)
+        found = sorted((self.directory / "sdists").glob(f"{package.replace('-', '?')}-*.tar.gz"))
+        if found:
+            self.run("tar", "-xzf", found[0], "-C", path, "--strip-components=1")
+        else:
+            self.run("sh", "-c", 'echo "# nothing is constrained" >"$0/upper-constraints.txt"', path)
+        git: list[str | Path] = ["git", "-C", path, "-c", "user.name=n", "-c", "user.email=n@example.org"]
+        self.run("git", "init", "--quiet", "--initial-branch=master", path)
+        self.run(*git, "add", "--all", "--force")
+        self.run(*git, "commit", "--quiet", "--message=all")
+        return path
+
+
+def test_ironic_python_agent_builder_makes_a_ramdisk_in_which_the_agent_starts(directory: Path) -> None:
+    caller = Caller.at(directory)
+    variables = caller.prepare() | dict(word.split("=", 1) for word in mirrors()[1::2])
+    printed = caller.run(
+        "venv/bin/ironic-python-agent-builder",
+        "-o",
+        "ipa",
+        "debian-minimal",
+        variables=variables,
+        timeout_s=_BUILD_TIMEOUT_S,
+    )
+    # Ours, since diskimage-builder's own builds elsewhere, and as root.
+    assert f"Building in {environment.BUILD_DIR}\n" in printed
+    assert {"ipa.kernel", "ipa.initramfs", "ipa.sha256"} <= set(os.listdir(directory))
+    caller.run("sha256sum", "--check", "ipa.sha256")
+    verdict = kvm.choose(kernel=None, cache_dir=directory)
+    result = boot_kernel(
+        directory / "ipa.kernel",
+        directory / "ipa.initramfs",
+        expect=STARTED,
+        memory_mib=4096,
+        timeout_s=3600,
+        accelerate=verdict.acceleration is kvm.Acceleration.KVM,
+    )
+    assert result.passed, "\n".join([result.reason, *result.last_lines])

@@ -11,6 +11,7 @@ import re
 import string
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generate import catalogue
-from virt_dib import boot_cli, doctor, options, tools
+from virt_dib import boot_cli, dib_command, dib_links, doctor, image_file, image_file_cli, options, tools
+from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG
 from virt_dib.events import Event, to_all
 from virt_dib.monitor import BuildMonitor, Display, summary
 from virt_dib.options import BY_NAME
@@ -29,8 +31,8 @@ from virt_dib.translation import Catalogue, translated
 
 LANGUAGES = [path.stem for path in sorted(catalogue.PO_DIR.glob("*.po"))]
 FRONT = (
-    "boot_cli", "cli", "command_line", "configuration", "doctor", "events", "monitor", "options", "prerequisites",
-    "spec", "usage",
+    "batch", "boot_cli", "cli", "command_line", "configuration", "dib_cli", "dib_command", "dib_links", "dib_output",
+    "doctor", "events", "image_file", "image_file_cli", "monitor", "options", "prerequisites", "spec", "usage",
 )  # fmt: skip
 """Modules whose messages are translated whole. Of all messages nine in ten are."""
 JAPANESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
@@ -100,7 +102,14 @@ def words_of(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield from filter(None, (group.title, *(action.help for action in group._group_actions)))  # noqa: SLF001 - no other way
 
 
-@pytest.mark.parametrize("build_parser", [options.build_parser, doctor.build_parser, boot_cli.build_parser])
+@pytest.mark.parametrize(
+    "build_parser",
+    [
+        options.build_parser, doctor.build_parser, boot_cli.build_parser, dib_links.build_parser,
+        image_file_cli.build_parser, partial(dib_command.build_parser, DISK_PROG),
+        partial(dib_command.build_parser, RAMDISK_PROG),
+    ],
+)  # fmt: skip
 def test_no_sentence_of_a_help_is_in_english(
     build_parser: Callable[[], argparse.ArgumentParser], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +152,67 @@ def test_errors_and_hints_are_in_japanese_with_the_values_as_they_are(tmp_path: 
     assert "virt-dib: エラー: --kvm の値が不明です: 'sandbox'" in lines
     assert "virt-dib: エラー: エレメント 'debain-minimal' が見つかりません" in lines
     assert all(line.startswith(("virt-dib: エラー: ", "virt-dib: ヒント: ")) for line in lines)
+
+
+WRONG_IMAGES = """\
+- imagename: 5
+  typse: [qcow2]
+- types: [qcow2, qwoc2]
+  environment: {A B: x, C: [y]}
+  debug-trace: 7
+  uncompressed: maybe
+- elements: raw
+- 3
+"""
+
+
+@pytest.mark.usefixtures("in_japanese")
+def test_what_is_wrong_in_a_file_of_images_is_told_in_japanese(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(WRONG_IMAGES)
+    assert image_file_cli.main(["--jobs", "many", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    said = [line.removeprefix(f"virt-diskimage-builder: エラー: {path}:") for line in lines]
+    for text in (
+        "1: キー 'imagename' には テキスト が必要ですが、数値 5 があります",
+        "2: 不明なキー 'typse'",
+        "3: キー 'types' の 2 番目: 'qwoc2' は qcow2, tar, tgz, squashfs, vhd, docker, aci, raw のどれでもありません",
+        "4: キー 'environment' の名前 'C' には テキスト が必要ですが、リスト があります",
+        "5: キー 'debug-trace' には 0, 1, 2 のどれかが必要ですが、7 があります",
+        "6: キー 'uncompressed' には true か false が必要ですが、テキスト 'maybe' があります",
+        "7: キー 'elements' には エレメントの名前のリスト が必要ですが、テキスト 'raw' があります",
+        "8: 数値 3 がありますが、ここは イメージのマップ であるはずです",
+    ):
+        assert text in said
+    assert "virt-diskimage-builder: エラー: 'many' を --jobs の値として使えません" in lines
+    assert [line for line in lines if not JAPANESE.search(line.split(": ", 2)[2])] == []
+
+
+@pytest.mark.usefixtures("in_japanese")
+def test_the_help_on_files_of_images_has_its_keys_below_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        image_file_cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("使い方: virt-diskimage-builder [オプション] FILE...\n")
+    table = shown[shown.index("イメージのキー:\n") : shown.index("\n\n終了ステータス")].splitlines()[1:]
+    keys = {line.split()[0]: line for line in table if not line.startswith("   ")}
+    assert keys.keys() == {key.name for key in image_file.KEYS}
+    columns = {len(line) - len(re.sub(r"^  \S* +", "", line)) for line in table}
+    assert len(columns) == 1
+    assert max(map(columns_of, table)) <= 80
+
+
+def test_a_drop_in_tells_in_its_own_words_in_japanese(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANGUAGE": "ja", "LC_ALL": "C.UTF-8"}
+    command = [sys.executable, "-m", "virt_dib.dib_cli", "-t", ","]
+    result = tools.run(command, doing="asking", cwd=tmp_path, environment=environment, check=False)
+    assert "virt-disk-image-create: エラー: -t に形式が指定されていません" in result.stderr.splitlines()
+    assert "例: virt-disk-image-create -o debian debian-minimal vm" in result.stderr
 
 
 @pytest.mark.parametrize("language", ["xx", "en", ""])

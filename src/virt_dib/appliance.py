@@ -65,12 +65,15 @@ _DRIVE_HINTS = {
     5: "remove files in it, or make a larger drive; 10G or more are recommended",
 }
 """By the statuses of ``guest/drive.sh``."""
-_OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
+_OTHER_DRIVE_HINT = "give another --drive; --verbose -x shows what the appliance says"
 _JOB_WRITTEN = re.compile(r"""((?:internal_)?write "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
-_DEAD = "its kernel has crashed, or somebody or a host without memory has killed its qemu; -v shows what it said last"
+_DEAD = (
+    "its kernel has crashed, or somebody or a host without memory has killed its qemu; "
+    "--verbose shows what it said last"
+)
 _UNIX_WORDS = 8
 """Of a line of ``/proc/net/unix`` with a path in it: the last but one is the inode."""
 
@@ -680,7 +683,8 @@ def _wait(
         meanwhile()
         if timeout_s is not None and time.monotonic() > begun_s + timeout_s:
             raise _NoAnswerError(
-                f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
+                f"{doing}: no answer in {timeout_s:.0f} s",
+                hint="run it again with --verbose -x to see what it is doing",
             )
 
 

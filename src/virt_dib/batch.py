@@ -37,6 +37,8 @@ def start_command(python_version: tuple[int, ...]) -> tuple[str, ...]:
 COMMAND = start_command(sys.version_info[:2])
 AS_RAMDISK = "--virt-dib-as=ramdisk-image-create"
 """The first argument of a ramdisk's build."""
+OF_FILES = "--virt-dib-for=diskimage-builder"
+"""An argument before all others, of builds that are run here: they speak of keys in files, not of options."""
 MEMORY_VARIABLE, CPUS_VARIABLE = "VIRT_DIB_MEMSIZE", "VIRT_DIB_SMP"
 VERSION = 1
 """Of the result's form; new fields do not change it."""
@@ -131,7 +133,7 @@ def shown(request: ImageRequest, command: Sequence[str] = COMMAND) -> str:
     if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name, _ in variables):
         # A shell would take it for the name of a program.
         words = ["env", "--", *(quoted(f"{name}={value}") for name, value in variables)]
-    return " ".join([*words, *map(quoted, _command_line(request, command))])
+    return " ".join([*words, *map(quoted, [*command, *_arguments(request)])])
 
 
 def quoted(text: str) -> str:
@@ -147,8 +149,8 @@ def _escaped(char: str) -> str:
     return char if char.isprintable() else "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
 
 
-def _command_line(request: ImageRequest, command: Sequence[str]) -> list[str]:
-    return [*command, *([AS_RAMDISK] if request.ramdisk else []), *request.arguments]
+def _arguments(request: ImageRequest) -> list[str]:
+    return [*([AS_RAMDISK] if request.ramdisk else []), *request.arguments]
 
 
 # ---- what fits ----
@@ -324,7 +326,7 @@ class _Batch:
         needs = self._needs[number]
         if self._shares and needs.cpus is None:
             environment[CPUS_VARIABLE] = str(self._share)
-        command = _command_line(request, self._command)
+        command = [*self._command, OF_FILES, *_arguments(request)]
         started, stack = _now(), contextlib.ExitStack()
         try:
             if self._jobs == 1:

@@ -374,9 +374,8 @@ class _Build:
         if wanted is Isolation.VM and not fast:
             self._monitor.message(f"emulating the appliance, about 15 times slower than with KVM: {verdict.reason}")
             instead = ", with --image-cache instead of --drive" if with_drive else ""
-            sandbox_option = "--isolation sandbox" if self._plan.spec.drop_in is None else "VIRT_DIB_ISOLATION=sandbox"
             self._monitor.message(
-                f"hint: {sandbox_option} runs the elements at native speed{instead}, see docs/isolation.md"
+                f"hint: --isolation sandbox runs the elements at native speed{instead}, see docs/isolation.md"
             )
         return wanted is Isolation.SANDBOX
 

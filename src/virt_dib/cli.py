@@ -29,19 +29,24 @@ _MOST_PROBLEMS = 100
 """More scroll the first ones away, and a list of dependencies may hold any number."""
 
 
-def report_errors(prog: str, body: Callable[[], int], style: Style = AUTOMATIC) -> int:
-    """Run *body* and return its exit status, or print the error that ended it and return the error's."""
+def report_errors(
+    prog: str, body: Callable[[], int], style: Style = AUTOMATIC, *, words: Callable[[str], str] = str
+) -> int:
+    """Run *body* and return its exit status, or print the error that ended it and return the error's.
+
+    *words* gives messages the words of a command whose options are not virt-dib's.
+    """
     try:
         return body()
     except VirtDibError as error:
         rest = len(error.problems) - _MOST_PROBLEMS
         more = [Problem(f"{rest} more mistakes", "mend the first ones first")] if rest > 0 else []
         for problem in (*error.problems[:_MOST_PROBLEMS], *more):
-            _complain(style, f"{prog}: {translated('error')}: {one_line(translated(problem.message))}", _RED)
+            _complain(style, f"{prog}: {translated('error')}: {one_line(words(translated(problem.message)))}", _RED)
             for line in problem.details:
                 write_out(sys.stderr, f"    {printable(_MASK(line))}\n")
             if problem.hint:
-                _complain(style, f"{prog}: {translated('hint')}: {one_line(translated(problem.hint))}", None)
+                _complain(style, f"{prog}: {translated('hint')}: {one_line(words(translated(problem.hint)))}", None)
         return error.exit_status
     except (Interrupted, KeyboardInterrupt):
         _complain(style, f"{prog}: {translated('interrupted')}", None)

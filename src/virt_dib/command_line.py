@@ -46,6 +46,7 @@ _T = TypeVar("_T")
 _IN_UNITS = {"memory": "memory_mib", "timeout": "timeout_s", "script_timeout": "script_timeout_s"}
 """Destinations of options, and the fields they become."""
 
+EXAMPLE = f"{PROG} --name debian debian-minimal vm"
 _DEFAULT_NAME = "image"
 _STAND_IN_TARGET: str | None = "image:latest"
 """For a wrong one, so that it is not told as missing, too."""
@@ -201,7 +202,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         output_dir=output_dir,
         elements=values.take(lambda: _elements(given.elements, needed=needed), ()),
         element_paths=values.take(lambda: _paths("--element-path", given.element_paths), ()),
-        dib_library=values.take(lambda: _path("-B", given.dib_library), None, "dib_library"),
+        dib_library=values.take(lambda: _path("--dib-library", given.dib_library), None, "dib_library"),
         python=values.take(lambda: _python(given.python), None, "python"),
         formats=values.take(lambda: _formats(given.formats), ("qcow2",)),
         size_bytes=values.take(lambda: _size(given.size, variables), default_size),
@@ -269,7 +270,7 @@ def _elements(names: Sequence[str], *, needed: bool) -> tuple[str, ...]:
     if not names and needed:
         raise UsageError(
             "no element named",
-            hint=f"name at least an operating system, such as: {PROG} --name debian debian-minimal vm",
+            hint=f"name at least an operating system, such as: {EXAMPLE}",
         )
     if "" in names:
         raise UsageError("cannot use an empty element name", hint="is a shell variable on the command line unset?")

@@ -210,10 +210,11 @@ class _Search:
     def look_at_files(self, config: str | None) -> None:
         """Take the one that the user names, or else those in the places for them."""
         named = config if config is not None else self._environ.get(FILE_VARIABLE) or None
+        named_by = None if named is None else "--config" if config is not None else FILE_VARIABLE
         files = _places(self._environ) if named is None else [Path(named)]
         for file in files:
             try:
-                text = _read(file, named=named is not None)
+                text = _read(file, named_by=named_by)
                 self.files[str(file)] = text is not None
                 if text is not None:
                     self._take(file, text)
@@ -273,25 +274,25 @@ def _places(environ: Mapping[str, str]) -> list[Path]:
     return [directory / _PLACE for directory in dict.fromkeys(map(Path, directories))]
 
 
-def _read(file: Path, *, named: bool) -> str | None:
-    """The text of a file, or None where there is none and nobody *named* it.
+def _read(file: Path, *, named_by: str | None) -> str | None:
+    """The text of a file, or None where there is none and nobody named it, by an option or a variable.
 
     Raises:
         UsageError: it cannot be read, or somebody else may have written what was found there.
     """
     try:
         content = read_any(
-            file, _LONGEST_FILE_BYTES, accept=lambda state: None if named else _require_trust(file, state)
+            file, _LONGEST_FILE_BYTES, accept=lambda state: _require_trust(file, state) if named_by is None else None
         )
     except (OSError, ValueError) as error:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not named:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and named_by is None:
             return None
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         reason = reason[:1].lower() + reason[1:]
         raise UsageError(
             f"cannot read the configuration file '{file}': {reason}",
-            hint="--config or VIRT_DIB_CONFIG names it; name one that can be read"
-            if named
+            hint=f"{named_by} names it; name one that can be read"
+            if named_by
             else "make it readable, or name another one: --config FILE",
         ) from error
     try:
@@ -375,7 +376,7 @@ def _unknown_key(key: str) -> Problem:
 def _hint(key: str, meant: str | None) -> str:
     option = BY_NAME.get(f"--{key}")
     if option is not None and option.dest not in _DESTINATIONS:
-        return f"give it on the command line: {option.names[-1]}"
+        return f"give it with each build: {option.names[-1]}"
     return f"did you mean '{meant}'?" if meant else f"'{PROG} --show-config' lists what can be set"
 
 

@@ -22,7 +22,7 @@ from virt_dib.releases import DiskMaker, Rules
 _PACKAGE = "diskimage_builder"
 _DISTRIBUTION = "diskimage-builder"
 _COMMAND = "disk-image-create"
-_INSTALL = "install it: pip install diskimage-builder; or give its library directory with -B"
+_INSTALL = "install it: pip install diskimage-builder; or give its library directory with --dib-library"
 _PROGRAMS = ("disk-image-create", "disk-image-get-kernel", "element-info", "ramdisk-image-create")
 """Of releases before 2.0.0, which elements may call."""
 
@@ -106,7 +106,8 @@ def find_installation(library: Path | None, python: Path | None = None) -> DibIn
         if found is None:
             raise UsageError(
                 f"looking for diskimage-builder with --python: '{python}' cannot import {_PACKAGE}",
-                hint=f"install it there: {python} -m pip install diskimage-builder; or name its library with -B",
+                hint=f"install it there: {python} -m pip install diskimage-builder; or name its library with "
+                "--dib-library",
             )
         return _at_package(Path(found), python)
     own = importlib.util.find_spec(_PACKAGE)
@@ -162,7 +163,7 @@ def _at_library(library: Path, python: Path) -> DibInstallation:
         raise UsageError(
             f"cannot use '{library}' as diskimage-builder's library: '{lacking}' does not exist or cannot be read",
             hint="give the directory 'lib' inside the Python package diskimage_builder, or for a release before 2.0.0 "
-            "the 'lib' beside its 'elements'; or leave out -B",
+            "the 'lib' beside its 'elements'; or leave out --dib-library",
         )
     return _described(top, library, python) if in_package else _described_share(top, library, python)
 

@@ -7,39 +7,47 @@ import os
 import sys
 from collections.abc import Sequence
 
-from virt_dib import api, dib, dib_command, elements, events
+from virt_dib import api, batch, dib, dib_command, dib_words, elements, events
 from virt_dib.cli import report_errors
 from virt_dib.dib import DibInstallation
-from virt_dib.dib_command import DibCommand
+from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, DibCommand
 from virt_dib.dib_output import DibOutput
+from virt_dib.dib_words import Words
 from virt_dib.errors import Interrupted, ScriptError, ToolError, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
 from virt_dib.plain_text import write_out
 from virt_dib.releases import Rules
 from virt_dib.spec import BuildSpec
 
-_AS_RAMDISK = "--virt-dib-as=ramdisk-image-create"
-"""The first argument of those who start this module as a program, instead of a name."""
-
 
 def disk_image_create(argv: Sequence[str] | None = None) -> int:
     """Run ``virt-disk-image-create`` with the arguments *argv* (those of the process) and return its exit status."""
-    return _main("virt-disk-image-create", sys.argv[1:] if argv is None else argv, ramdisk=False)
+    return _main(DISK_PROG, sys.argv[1:] if argv is None else argv)
 
 
 def ramdisk_image_create(argv: Sequence[str] | None = None) -> int:
     """As :func:`disk_image_create`, for ``virt-ramdisk-image-create``."""
-    return _main("virt-ramdisk-image-create", sys.argv[1:] if argv is None else argv, ramdisk=True)
+    return _main(RAMDISK_PROG, sys.argv[1:] if argv is None else argv)
 
 
-def _main(prog: str, arguments: Sequence[str], *, ramdisk: bool) -> int:
-    command = dib_command.parse(arguments, os.environ, prog=prog, ramdisk=ramdisk)
-    return report_errors(prog, lambda: _run(command, prog, ramdisk=ramdisk))
+def _for_batch(arguments: Sequence[str]) -> int:
+    """As the functions above, started as a program; the first words of *arguments* are those of ``batch``."""
+    of_files = batch.OF_FILES in arguments[:1]
+    rest = arguments[of_files:]
+    ramdisk = batch.AS_RAMDISK in rest[:1]
+    words = dib_words.of_image_files() if of_files else None
+    return _main(RAMDISK_PROG if ramdisk else DISK_PROG, rest[ramdisk:], words)
 
 
-def _run(command: DibCommand, prog: str, *, ramdisk: bool) -> int:
+def _main(prog: str, arguments: Sequence[str], words: Words | None = None) -> int:
+    words = words or dib_words.of_command(prog)
+    command = dib_command.parse(arguments, os.environ, prog=prog, ramdisk=prog == RAMDISK_PROG)
+    return report_errors(prog, lambda: _run(command, prog, words), words=words)
+
+
+def _run(command: DibCommand, prog: str, words: Words) -> int:
     if command.help:
-        write_out(sys.stdout, dib_command.help_text(prog, ramdisk=ramdisk))
+        write_out(sys.stdout, dib_command.build_parser(prog).format_help())
         return 0
     try:
         installation = dib.find_installation(command.spec.dib_library, command.spec.python)
@@ -50,14 +58,14 @@ def _run(command: DibCommand, prog: str, *, ramdisk: bool) -> int:
             # All that is wrong, without a word of a build that will not be.
             api.plan_image(command.spec, problems=command.problems)
             raise UsageError.of(command.problems)
-        return _build(command, installation)
+        return _build(command, installation, words)
     except VirtDibError as error:
         # diskimage-builder has no other status for what is not a script's.
         error.exit_status = _status(error)
         raise
 
 
-def _build(command: DibCommand, installation: DibInstallation) -> int:
+def _build(command: DibCommand, installation: DibInstallation, words: Words) -> int:
     output = command.output
     display = DibOutput(
         stream=sys.stdout,
@@ -65,6 +73,7 @@ def _build(command: DibCommand, installation: DibInstallation) -> int:
         quiet=output.quiet,
         log_path=output.log_path,
         version=installation.version,
+        words=words,
         elements=_asked_for(command.spec, installation.rules),
         image_name=command.spec.told_name,
     )
@@ -121,6 +130,4 @@ def _make_cache(spec: BuildSpec) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [_AS_RAMDISK]:
-        sys.exit(ramdisk_image_create(sys.argv[2:]))
-    sys.exit(disk_image_create())
+    sys.exit(_for_batch(sys.argv[1:]))

@@ -20,9 +20,23 @@ from virt_dib.errors import Problem
 from virt_dib.options import Given, Option, Takes, sort_into
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, DropIn
 from virt_dib.translation import translated
+from virt_dib.usage import Parser
 
-_TRACING, _CLEARING, _LOG = "tracing", "clearing", "log"
+TRACING = "tracing"
+"""The destination of the one option that counts how often it is given."""
+_CLEARING, _LOG = "clearing", "log"
 
+DISK_PROG, RAMDISK_PROG = "virt-disk-image-create", "virt-ramdisk-image-create"
+_DESCRIPTION = {
+    DISK_PROG: "Build disk images from diskimage-builder elements as disk-image-create does, but without root: in a "
+    "small virtual machine, or in a sandbox.",
+    RAMDISK_PROG: "Build a ramdisk and its kernel from diskimage-builder elements as ramdisk-image-create does, but "
+    "without root: in a small virtual machine, or in a sandbox.",
+}
+_EPILOG = (
+    "Options may stand before and after the elements. The environment of this command reaches the elements, and has "
+    "the same variables as diskimage-builder's; VIRT_DIB_ISOLATION=sandbox and others say how to build."
+)
 _DEFAULT_NAME = "image"
 _DEFAULT_CACHE = Path(".cache", "image-create")
 """Below the home directory (lib/disk-image-create)."""
@@ -36,11 +50,11 @@ def _value(names: str, dest: str, metavar: str, text: str) -> Option:
     return Option(tuple(names.split()), dest, Takes.VALUE, metavar, text)
 
 
-_OPTIONS = (
+OPTIONS = (
     _value("-a", "arch", "ARCH", "architecture that the elements are told, ARCH"),
     _value("-o", "name", "[DIR/]NAME", "name of the image, and of the files made for it (default: image)"),
     _value("-t", "formats", "LIST", "output formats, separated by commas, in any order (default: qcow2)"),
-    _flag("-x", _TRACING, "make scripts trace what they do; twice for more"),
+    _flag("-x", TRACING, "make scripts trace what they do; twice for more"),
     _flag("-u", "uncompressed", "do not compress qcow2 images"),
     _flag("-c", _CLEARING, "give the elements nothing of the environment"),
     _flag("-n", "skip_base", "do not add the element 'base'"),
@@ -65,7 +79,7 @@ _OPTIONS = (
     _flag("-h --help", "help", "print this"),
     _flag("--version", "version", "print the version of diskimage-builder"),
 )
-_BY_NAME: Mapping[str, Option] = {name: option for option in _OPTIONS for name in option.names}
+_BY_NAME: Mapping[str, Option] = {name: option for option in OPTIONS for name in option.names}
 
 _INHERIT, _STRICT = "inherit", "strict"
 _READ_BY_DIB = frozenset({
@@ -110,7 +124,7 @@ class _DibGiven(Given):
     """Of options that are but other words for variables."""
 
     def take(self, option: Option, value: str) -> None:
-        if option.dest == _TRACING:
+        if option.dest == TRACING:
             self.tracing += 1
         elif option.dest.isupper():
             self.variables[option.dest] = value if option.wants_value else "1"
@@ -154,24 +168,18 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     )
 
 
-def help_text(prog: str, *, ramdisk: bool) -> str:
-    """What ``--help`` prints."""
-    what = "a ramdisk and its kernel" if ramdisk else "disk images"
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} [options] ELEMENT...",
-        description=f"Build {what} from diskimage-builder elements as {prog.removeprefix('virt-')} does, but without "
-        "root: in a small virtual machine, or in a sandbox.",
-        epilog="Options may stand before and after the elements. The environment of this command reaches the elements, "
-        "and has the same variables as diskimage-builder's; VIRT_DIB_ISOLATION=sandbox and others say how to build.",
-        add_help=False,
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The help of *prog*, and for those who compare it with the manual. Command lines are read by :func:`parse`."""
+    parser = Parser(prog, _DESCRIPTION[prog], _EPILOG, usage=f"{prog} {translated('[options] ELEMENT...')}")
+    parser.arguments.add_argument(
+        "elements", nargs="*", metavar="ELEMENT", help=translated("such as debian-minimal, vm")
     )
-    for option in _OPTIONS:
+    for option in OPTIONS:
         if option.metavar is not None:
-            parser.add_argument(*option.names, metavar=option.metavar, help=translated(option.help))
-        else:
-            parser.add_argument(*option.names, action="store_true", help=translated(option.help))
-    return parser.format_help()
+            parser.options.add_argument(*option.names, metavar=option.metavar, help=translated(option.help))
+        elif "--help" not in option.names:
+            parser.options.add_argument(*option.names, action="store_true", help=translated(option.help))
+    return parser
 
 
 def _variables(environ: Mapping[str, str], *, strict: bool) -> dict[str, str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -14,25 +13,34 @@ from pathlib import Path
 from virt_dib.cli import report_errors
 from virt_dib.errors import Problem, ToolError, UsageError
 from virt_dib.plain_text import printable, write_out
+from virt_dib.translation import translated
+from virt_dib.usage import Parser
 
-_PROG = "virt-dib-links"
+PROG = "virt-dib-links"
+_DESCRIPTION = (
+    "Put links with the names of diskimage-builder's commands into DIRECTORY, which lead to those of virt-dib. "
+    "Programs that have DIRECTORY first on their PATH build with virt-dib from then on."
+)
+_EPILOG = "Exit status: 0 when all links are there, 1 when not, 2 wrong usage."
 NAMES = ("disk-image-create", "ramdisk-image-create", "diskimage-builder")
 """diskimage-builder's commands; ours are called the same with ``virt-`` before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments *argv* (those of the process) and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        description="Put links with the names of diskimage-builder's commands into DIRECTORY, which lead to those of "
-        "virt-dib. Programs that have DIRECTORY first on their PATH build with virt-dib from then on.",
-        epilog="Exit status: 0 when all links are there, 1 when not, 2 wrong usage.",
-    )
-    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="made if it is not there")
-    parser.add_argument("--remove", action="store_true", help="remove the links instead")
-    given = parser.parse_args(argv)
+    given = build_parser().parse_args(argv)
     change = _remove if given.remove else _make
-    return report_errors(_PROG, lambda: change(given.directory))
+    return report_errors(PROG, lambda: change(given.directory))
+
+
+def build_parser() -> Parser:
+    """The options, for those who compare them with the manual too."""
+    parser = Parser(PROG, _DESCRIPTION, _EPILOG)
+    parser.arguments.add_argument(
+        "directory", metavar="DIRECTORY", type=Path, help=translated("made if it is not there")
+    )
+    parser.options.add_argument("--remove", action="store_true", help=translated("remove the links instead"))
+    return parser
 
 
 def _targets() -> dict[str, Path]:
@@ -43,7 +51,7 @@ def _targets() -> dict[str, Path]:
     if missing:
         raise ToolError(
             f"looking for virt-dib's commands: there is no {', '.join(missing)}",
-            hint=f"run {_PROG} as it was installed, by its name on the PATH or by its whole path",
+            hint=f"run {PROG} as it was installed, by its name on the PATH or by its whole path",
         )
     return commands
 

@@ -233,6 +233,7 @@ class DibOutput:
         quiet: See there.
         log_path: See there; it is opened at the beginning of the block.
         version: Of diskimage-builder.
+        words: Gives what virt-dib says the words of the command that was typed.
         elements: Those asked for, with DIB's defaults, as ``elements.requested`` has them; None: those of the event.
         image_name: What ``-o`` says, which files are called by; None: files are called by their paths.
         clock: What time it is.
@@ -246,6 +247,7 @@ class DibOutput:
         quiet: bool,
         log_path: str | Path | None,
         version: str,
+        words: Callable[[str], str] = str,
         elements: Sequence[str] | None = None,
         image_name: str | None = None,
         clock: Callable[[], datetime] = _now,
@@ -256,6 +258,7 @@ class DibOutput:
         self._log_path = log_path
         self._log: _LogFile | None = None
         self._version = version
+        self._words = words
         self._elements = elements
         self._image_name = image_name
         self._name = ""
@@ -318,7 +321,7 @@ class DibOutput:
         yield from self._filter.end()
         for line in self._dib_lines(event):
             yield from self._filter.feed(f"{line}\n".encode())
-        for line in _own_lines(event):
+        for line in _own_lines(event, self._words):
             yield self._filter.line(line)
 
     def _dib_lines(self, event: Event) -> Iterator[str]:
@@ -368,16 +371,17 @@ class DibOutput:
         return self._image_name + artifact.path.name.removeprefix(self._name)
 
 
-def _own_lines(event: Event) -> Iterator[str]:
+def _own_lines(event: Event, words: Callable[[str], str]) -> Iterator[str]:
     """What virt-dib has to say that DIB has not. The last output of what failed is above already."""
     if isinstance(event, (events.Message, events.Debugged)):
-        yield from (line for line in printable(event.text).split("\n") if line.strip())
+        text = words(event.text) if isinstance(event, events.Message) else event.text
+        yield from (line for line in printable(text).split("\n") if line.strip())
     elif isinstance(event, events.Warned):
-        yield f"WARNING: {one_line(event.text)}"
+        yield f"WARNING: {one_line(words(event.text))}"
     elif isinstance(event, events.ErrorFound):
-        yield f"ERROR: {one_line(event.text)}"
+        yield f"ERROR: {one_line(words(event.text))}"
         if event.hint:
-            yield f"hint: {one_line(event.hint)}"
+            yield f"hint: {one_line(words(event.hint))}"
     elif isinstance(event, events.PhaseStarted) and event.step:
         yield one_line(event.title)
     elif isinstance(event, events.BuildFailed) and event.interrupted:

@@ -83,7 +83,7 @@ def discover(search_path: Sequence[Path], rules: Rules = NEWEST) -> Mapping[str,
             os.stat(f"{directory}/.")
         except OSError as error:
             message = f"looking for elements in '{directory}': {error.strerror}"
-            problems.append(Problem(message, "give directories that hold elements with -p"))
+            problems.append(Problem(message, "give directories that hold elements with --element-path"))
             continue
         paths = [(entry, Path(os.path.realpath(directory / entry))) for entry in entries]
         for entry, path in sorted(paths, key=lambda pair: (pair[0] != pair[1].name, pair[0])):
@@ -249,7 +249,11 @@ class _Expansion:
     def _missing(self, name: str, suggestions: Sequence[str], searched: str) -> Problem:
         needed_by = self.needed_by[name]
         message = f"element '{name}' not found" + (f", needed by '{needed_by}'" if needed_by else "")
-        hint = f"searched {searched}" if searched else "there are no elements where -p says; check the directories"
+        hint = (
+            f"searched {searched}"
+            if searched
+            else "there are no elements where --element-path says; check the directories"
+        )
         if suggestions:
             hint = f"did you mean {_quoted(suggestions, 'or')}? {hint}"
         return SelectionProblem(message, hint, reason=Reason.MISSING)
@@ -268,7 +272,7 @@ class _Expansion:
 
     def _no_operating_system(self) -> Problem:
         examples = sorted(name for name, element in self.available.items() if OPERATING_SYSTEM in element.provides)
-        hint = "name directories with -p that have an element for one"
+        hint = "name directories with --element-path that have an element for one"
         if examples:
             hint = f"add one, such as {_quoted(examples[:_MOST_EXAMPLES], 'or')}"
         return SelectionProblem("none of the elements is an operating system", hint, reason=Reason.NO_OPERATING_SYSTEM)

@@ -79,7 +79,7 @@ KEYS = (
     Key("logfile", Kind.TEXT, "file that gets what the build prints, too", "--logfile"),
     Key("checksum", Kind.FLAG, "write MD5 and SHA256 beside each file", "--checksum"),
     Key("image-size", Kind.WHOLE, "size of the disk in GiB", "--image-size"),
-    Key("image-extra-size", Kind.WHOLE, "GiB to add to the size that the tree needs", "--image-extra-size"),
+    Key("image-extra-size", Kind.WHOLE, "MiB to add to the size that the tree needs", "--image-extra-size"),
     Key("image-cache", Kind.TEXT, "directory for what elements cache", "--image-cache"),
     Key("max-online-resize", Kind.WHOLE, "blocks that the file system may grow to later", "--max-online-resize"),
     Key("min-tmpfs", Kind.WHOLE, "has no meaning here", "--min-tmpfs"),
@@ -193,10 +193,13 @@ class _Merged:
                 before.extend(value)
             if (name, key) in self._shared:
                 self._shared.remove((name, key))
-                self.warnings.append(
+                self._warn(
                     f"{origin}: adding to '{key}' of '{name or DEFAULT_NAME}' alone; diskimage-builder would add to "
                     "all that have the same list or map by an alias"
                 )
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
 
     def requests(self) -> Iterator[ImageRequest]:
         """The images."""
@@ -408,7 +411,8 @@ class _File:
             meant = closest(name, _BY_NAME)
             hint = f"did you mean '{meant}'?" if meant else f"the keys are: {', '.join(_BY_NAME)}"
             raise self._mistake(pair.key, f"unknown key '{_cut(name)}'", hint)
-        node, where = pair.value, f"key '{name}'"
+        node = pair.value
+        where = f"key '{name}'"
         if key.kind in (Kind.LIST, Kind.ELEMENTS):
             return self._list(key, where, node)
         if key.kind in (Kind.PAIRS, Kind.ENVIRONMENT):
@@ -439,7 +443,7 @@ class _File:
             hint = "write it without quotes" if quoted else f"write it in digits, as in {key.name}: 2"
             raise self._refusal(node, where, key.kind, hint)
         if key.choices and str(int(value)) not in key.choices:
-            raise self._mistake(node, f"{where}: {value} is not one of {', '.join(key.choices)}", "take one of them")
+            raise self._mistake(node, f"{where} wants one of {', '.join(key.choices)}, not {value}", "take one of them")
         return value
 
     def _list(self, key: Key, where: str, node: yaml.Node) -> Sequence[str]:
@@ -460,7 +464,7 @@ class _File:
         if (node, key) not in self._texts:
             texts = {}
             for name, pair in self._pairs(node, key.kind.value).items():
-                inner = f"{where}, '{_cut(name)}'"
+                inner = f"{where}, name '{_cut(name)}'"
                 texts[name] = self._taken(self._named_text, key, name, pair, inner)
             self._texts[node, key] = {name: text for name, text in texts.items() if text is not None}
         return self._texts[node, key]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from virt_dib import __version__, batch, image_file
+from virt_dib import __version__, batch, dib_words, image_file
 from virt_dib.batch import BatchReport, Limits, Status
 from virt_dib.cli import report_errors
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
@@ -21,20 +21,19 @@ from virt_dib.interrupts import interrupts, shielded
 from virt_dib.options import closest
 from virt_dib.plain_text import one_line, write_out
 from virt_dib.translation import translated
+from virt_dib.usage import Parser
 
 PROG = "virt-diskimage-builder"
 _MOST_JOBS = 1000
 _MOST_CPUS = 1 << 16
 _MOST_MEMORY_MIB = 1 << 30
 _LEAST_MEMORY_MIB = 256
-_ABOUT = """\
-Build the images that YAML files describe, each as virt-disk-image-create or
-virt-ramdisk-image-create would. A file is a list of maps, one for each image;
-maps with the same imagename, in all files, are one image, and one without
-goes on with the image before it."""
-_STATUSES = """\
-Exit status: 0 all images are built, 1 a build failed, 2 wrong usage or a wrong
-file, 130 interrupted."""
+_DESCRIPTION = (
+    "Build the images that YAML files describe, each as virt-disk-image-create or virt-ramdisk-image-create would. A "
+    "file is a list of maps, one for each image; maps with the same imagename, in all files, are one image, and one "
+    "without goes on with the image before it."
+)
+_EPILOG = "Exit status: 0 all images are built, 1 a build failed, 2 wrong usage or a wrong file, 130 interrupted."
 
 
 def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = batch.COMMAND) -> int:
@@ -43,42 +42,52 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = batch.CO
     *command* is what builds an image.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    return report_errors(PROG, lambda: _run(arguments, command))
+    return report_errors(PROG, lambda: _run(arguments, command), words=dib_words.of_image_files())
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options, for those who compare them with the page about them, too."""
-    parser = _Parser(
-        prog=PROG,
-        description=_ABOUT,
-        epilog=f"{_keys_text()}\n\n{_STATUSES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    # Without a usage argparse makes one, of which it cuts off what is 'usage: ' in English alone.
+    parser = _Parser(PROG, _DESCRIPTION, _EPILOG, usage=f"{PROG} {translated('[options] FILE...')}")
+    parser.epilog = f"{_keys_text()}\n\n{parser.epilog}"
+    parser.arguments.add_argument(
+        "files", metavar="FILE", nargs="*", help=translated("files that describe images; at least one")
     )
-    parser.add_argument("files", metavar="FILE", nargs="*", help="files that describe images; at least one")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the commands that would build the images, and nothing else"
+    add = parser.options.add_argument
+    add(
+        "--dry-run",
+        action="store_true",
+        help=translated("print the commands that would build the images, and nothing else"),
     )
-    parser.add_argument(
-        "--stop-on-failure", action="store_true", help="start no other build when one has failed (default: go on)"
+    add(
+        "--stop-on-failure",
+        action="store_true",
+        help=translated("start no other build when one has failed (default: go on)"),
     )
-    parser.add_argument(
-        "--images", metavar="NAMES", action="append", default=[], help="build these alone, separated by commas"
+    add(
+        "--images",
+        metavar="NAMES",
+        action="append",
+        default=[],
+        help=translated("build these alone, separated by commas; may be given several times"),
     )
-    parser.add_argument("--jobs", metavar="N", default="1", help="build as many at once (default: %(default)s)")
-    parser.add_argument(
-        "--cpus", metavar="N", help="processors for all builds together (default with --jobs: all of this host)"
+    add("--jobs", metavar="N", default="1", help=translated("build as many at once (default: 1)"))
+    add(
+        "--cpus",
+        metavar="N",
+        help=translated("processors for all builds together (default with --jobs: all of this host)"),
     )
-    parser.add_argument(
+    add(
         "--memory",
         metavar="MB",
-        help="memory for the machines of all builds together (default with --jobs: what is available)",
+        help=translated("memory for the machines of all builds together (default with --jobs: what is available)"),
     )
-    parser.add_argument("--result", metavar="FILE", help="write what became of each image to FILE, as JSON")
-    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}", help="print the version")
+    add("--result", metavar="FILE", help=translated("write what became of each image to FILE, as JSON"))
+    add("--version", action="version", version=f"{PROG} {__version__}", help=translated("print the version"))
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"'{PROG} --help' lists all options")
 
@@ -87,15 +96,16 @@ def _keys_text() -> str:
     width = max(len(key.name) for key in KEYS)
     lines = []
     for key in KEYS:
-        lines.append(f"  {key.name.ljust(width)}  {key.text}")
-        lines.append(f"  {' ' * width}  ({_wanted(key)})")
-    return "\n".join(["keys of an image:", *lines])
+        lines.append(f"  {key.name.ljust(width)}  {translated(key.text)}")
+        lines.append(f"  {' ' * width}  ({translated(_wanted(key))})")
+    return "\n".join([translated("keys of an image:"), *lines])
 
 
 def _wanted(key: Key) -> str:
+    choices = ", ".join(key.choices)
     if not key.choices:
         return key.kind.value
-    return f"{'a list of ' if key.kind is Kind.LIST else ''}{', '.join(key.choices)}"
+    return f"a list of {choices}" if key.kind is Kind.LIST else choices
 
 
 # ---- what is asked for ----

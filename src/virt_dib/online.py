@@ -164,7 +164,7 @@ def advice(lines: Sequence[str], facts: Facts) -> str | None:
         )
     if any(_PROXY.fullmatch(name) and value for name, value in facts.spec.variables.items()):
         return (
-            "is the proxy that --envvar gives to the elements the right one, and are all three http_proxy, "
+            "is the proxy that the elements are given the right one, and are all three http_proxy, "
             "https_proxy and no_proxy given?"
         )
     proxies = sorted(name for name, value in facts.host_environment.items() if _PROXY.fullmatch(name) and value)

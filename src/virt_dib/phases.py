@@ -141,9 +141,11 @@ def named_files(place: Place, spec: BuildSpec, verb: str) -> None:
         guest_script(place, "named-files.sh", *words).check("looking after files named after the image")
 
 
-def guest_script(place: Place, script: str, *arguments: str) -> JobResult:
+def guest_script(
+    place: Place, script: str, *arguments: str, on_output: Callable[[bytes], None] | None = None
+) -> JobResult:
     """Run one of our own guest scripts, outside all phases."""
-    return place.run([f"{GUEST_SCRIPTS}/{script}", *arguments], _RUNNER_PATH, contract.GUEST)
+    return place.run([f"{GUEST_SCRIPTS}/{script}", *arguments], _RUNNER_PATH, contract.GUEST, on_output=on_output)
 
 
 class _PhaseScripts:

@@ -208,7 +208,7 @@ def hint_for(text: str) -> str:
     """What to do about an appliance that cannot be made or does not start, for the reason *text*."""
     if "supermin" in text and "kernel" in text.lower():
         return "make a kernel readable (chmod 0644 /boot/vmlinuz-*), then see virt-dib-doctor"
-    return "virt-dib-doctor checks what the appliance needs; -v -x shows what it does"
+    return "virt-dib-doctor checks what the appliance needs; --verbose -x shows what it does"
 
 
 def _settings() -> dict[str, str]:

@@ -19,8 +19,8 @@ from pathlib import Path
 DOMAIN = "virt_dib"
 LOCALE_DIR = Path(__file__).parent / "locale"
 _VARIABLES = ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
-_DEEPEST = 3
-"""A value may be a message itself: the word for what a number is, a hint in a hint."""
+_DEEPEST = 4
+"""A value may be a message itself: the word for what a number is, a hint in a hint, what is wrong in a file."""
 
 
 def translated(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from virt_dib import environment as contract
 from virt_dib import image_cache, staging
@@ -58,6 +58,10 @@ def make_tree(
                 _after_root(plan, place)
     named_files(place, plan.spec, "take")
     guest_script(place, "tree.sh", "set_aside", contract.TREE, contract.BUILT).check("setting the tree aside")
+    if _is_set(plan.spec.variables, "DIB_SHOW_IMAGE_USAGE"):
+        everything = "1" if _is_set(plan.spec.variables, "DIB_SHOW_IMAGE_USAGE_FULL") else ""
+        words = ("show_usage", contract.BUILT, everything)
+        guest_script(place, "tree.sh", *words, on_output=phases.monitor.output).check("measuring what is in the tree")
     return _size_kib(place.read(f"{contract.BUILD_DIR}/tree-size-kib"), plan.layout.disk_bytes)
 
 
@@ -150,6 +154,10 @@ def _install_packages(plan: BuildPlan, phases: Phases, place: Place) -> None:
             )
             phases.shells.after_error(place, Phase.INSTALL, plan.facts, error)
             raise error
+
+
+def _is_set(variables: Mapping[str, str], name: str) -> bool:
+    return (variables.get(name) or "0") != "0"
 
 
 def _size_kib(text: bytes, most_bytes: int) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
@@ -37,7 +38,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class _Folding(HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(indent + line for line in fold(text, width - len(indent)).split("\n"))
+        # A text that has lines already, a table, keeps them, and its columns.
+        lines = []
+        for line in text.split("\n"):
+            column = re.match(r" *(?:(?<= )\S+ {2,})?", line)
+            lines += fold(line, width - len(indent), indent=column.end() if column else 0).split("\n")
+        return "\n".join(indent + line for line in lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,9 +52,10 @@ class Parser(argparse.ArgumentParser):
     Arguments are added to its groups, since those of argparse have English titles; their help is to be translated.
     """
 
-    def __init__(self, prog: str, description: str, epilog: str) -> None:
+    def __init__(self, prog: str, description: str, epilog: str, *, usage: str | None = None) -> None:
         super().__init__(
             prog=prog,
+            usage=usage,
             description=translated(description),
             epilog=translated(epilog),
             add_help=False,

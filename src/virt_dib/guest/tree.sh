@@ -86,6 +86,19 @@ set_aside() {
     du -s -x -k "$built" | cut -f1 >"${built%/*}/tree-size-kib"
 }
 
+# What takes how much room in the tree, as DIB's DIB_SHOW_IMAGE_USAGE has it: all files and directories, or those of
+# 10 MiB and more.
+show_usage() {
+    local built=$1 all=$2 title='Image size report (files > 10MiB)' shown='[0-9]{2}MiB|GiB|TiB|PiB'
+    if [[ -n $all ]]; then
+        title='Image size report' shown=''
+    fi
+    printf '%s\n' "${title//?/=}" "$title" "${title//?/=}"
+    du -a -c -x "$built" | sort -nr | numfmt --to=iec-i --padding=7 --suffix=B --field=1 --from-unit=1024 |
+        grep -E "$shown" || true
+    printf '\n===== end image size report =====\n\n'
+}
+
 # The appliance may have another name server than the sandbox had. What an element wrote there stays.
 use_resolver() {
     local root=$1

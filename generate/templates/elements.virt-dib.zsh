@@ -1,9 +1,5 @@
-#compdef virt-dib
-# SPDX-License-Identifier: Apache-2.0
-# Made from the table of options when virt-dib is built.
-
 # Those that the command on the line finds where the line has it search.
-_virt_dib_elements() {
+@FUNCTION@_elements() {
     local -a where names
     local i
     for ((i = 2; i < CURRENT; i++)); do
@@ -16,7 +12,3 @@ _virt_dib_elements() {
     names=(${(f)"$(${~words[1]} $where --list-elements 2>/dev/null)"})
     compadd "$@" -a names
 }
-
-_arguments -s -S : \
-@OPTIONS@
-    '*:element:_virt_dib_elements'

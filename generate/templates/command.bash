@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 # Made from the table of options when virt-dib is built.
 
-_virt_dib()
+@FUNCTION@()
 {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
     COMPREPLY=()
@@ -16,19 +16,19 @@ _virt_dib()
 @VALUES@
     esac
     if [[ $cur == -* ]]; then
-        _virt_dib_words "@NAMES@"
+        @FUNCTION@_words "@NAMES@"
     else
-        _virt_dib_words "$(_virt_dib_elements)"
+        @ARGUMENTS@
     fi
 }
 
-_virt_dib_words()
+@FUNCTION@_words()
 {
     mapfile -t COMPREPLY < <(compgen -W "$1" -- "$cur")
 }
 
 # Several words in one, separated by commas.
-_virt_dib_list()
+@FUNCTION@_list()
 {
     local word before=
     [[ $cur != *,* ]] || before=${cur%,*},
@@ -37,26 +37,11 @@ _virt_dib_list()
     done
 }
 
-_virt_dib_paths()
+@FUNCTION@_paths()
 {
     compopt -o filenames 2>/dev/null
     mapfile -t COMPREPLY < <(compgen "$1" -- "$cur")
 }
 
-# Those that the command on the line finds where the line has it search.
-_virt_dib_elements()
-{
-    local arguments=() i option
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        case ${COMP_WORDS[i]} in
-            -B) option=-B ;;
-            -p | --element-path) option=-p ;;
-            *) continue ;;
-        esac
-        [[ ${COMP_WORDS[i + 1]} != "=" ]] || ((i++))
-        arguments+=("$option" "${COMP_WORDS[i + 1]/#\~\//$HOME/}")
-    done
-    "${COMP_WORDS[0]/#\~\//$HOME/}" "${arguments[@]}" --list-elements 2>/dev/null
-}
-
-complete -F _virt_dib virt-dib
+@ELEMENTS@
+complete -F @FUNCTION@ @COMMAND@
