@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from virt_dib import environment as contract
-from virt_dib import online
+from virt_dib import online, scripts
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
 from virt_dib.errors import ScriptError
@@ -247,8 +247,8 @@ def _advice(monitor: BuildMonitor, facts: Facts, where: Where) -> str:
     lines = monitor.tail(_READ_LINES)
     missing = tools_not_found(lines[-LAST_LINES:]) if where is Where.OUTSIDE else []
     found = [f"{problem.message}; {problem.hint}" for problem in missing]
-    network = online.advice(lines, facts)
-    return "; ".join([*found, *([network] if network else []), _where(monitor)])
+    hints = (scripts.advice(lines[-LAST_LINES:]), online.advice(lines, facts))
+    return "; ".join([*found, *(hint for hint in hints if hint), _where(monitor)])
 
 
 def _where(monitor: BuildMonitor) -> str:
