@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -12,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from helpers import TESTS, make_element, make_tiny_os, tree_stage, tree_stage_command
-from virt_dib import api, cli, plan, prerequisites, scripts, tools, workspace
-from virt_dib.errors import ElementError, ToolError, VirtDibError
+from virt_dib import api, cli, environment, plan, prerequisites, scripts, tools, workspace
+from virt_dib.errors import ElementError, ToolError, UsageError, VirtDibError
 from virt_dib.spec import BuildSpec
 
 
@@ -327,6 +329,43 @@ def test_a_megabyte_of_dependencies_that_do_not_exist(place: Path, capfd: pytest
     assert len([line for line in told if line.startswith("virt-dib: error: element 'missing-")]) == 100
     assert told[-2] == "virt-dib: error: 49900 more mistakes"
     assert told[-1] == "virt-dib: hint: mend the first ones first"
+
+
+def test_the_longest_variable_that_a_program_can_have() -> None:
+    """What virt-dib takes for it is what this kernel does."""
+    env = tools.require("env", purpose="run the tests", package="coreutils")
+    longest = environment.LONGEST_BYTES - len("A=\0")
+    for length in (longest, longest + 1):
+        fits = length == longest
+        assert starts([env], {"A": "x" * length}) == fits
+    assert starts([env], {f"A{number}": "x" * 100_000 for number in range(environment.MOST_BYTES // 100_100)})
+    assert not starts([env], {f"A{number}": "x" * 100_000 for number in range(100)})
+
+
+def starts(command: Sequence[str | Path], variables: dict[str, str]) -> bool:
+    try:
+        return tools.run(command, doing="starting it", environment=variables).exit_status == 0
+    except ToolError as error:
+        return "Argument list too long" not in str(error)
+
+
+def test_more_in_variables_than_programs_can_have(place: Path) -> None:
+    for number in range(300):
+        make_element(place / "elements", f"{number:0255}", {})
+    long = [f"{number:0255}" for number in range(300)]
+    error = refused(place, "one", *long)
+    assert isinstance(error, UsageError)
+    told = r"the variable '(\w+)' has 15\d KiB, more than programs can have in one"
+    assert [re.sub(told, r"\1", message) for message in messages(error)] == [
+        "IMAGE_ELEMENT_YAML",
+        "get_image_element_array",
+    ]
+    spec = dataclasses.replace(spec_in(place), variables={f"A{number}": "x" * 100_000 for number in range(20)})
+    with pytest.raises(UsageError, match=r"the variables have 19\d\d KiB together, more than programs can have"):
+        api.plan_image(spec)
+    spec = dataclasses.replace(spec_in(place), variables={"A": "\ud800"})
+    with pytest.raises(UsageError, match="half of a surrogate pair"):
+        api.plan_image(spec)
 
 
 # ---- scripts that cannot run, or will not ----

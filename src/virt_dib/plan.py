@@ -149,6 +149,8 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         on_host=on_host,
         certificates=None if certificates is None else str(certificates.source),
     )
+    found.add(contract.length_problems(facts), UsageError)
+    found.stop()
     return BuildPlan(
         spec=spec,
         dib=installation,
