@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -11,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import TESTS, make_element
-from virt_dib import api, cli, plan, prerequisites, tools, workspace
-from virt_dib.errors import ElementError, ToolError, VirtDibError
+from helpers import TESTS, make_element, make_tiny_os, tree_stage, tree_stage_command
+from virt_dib import api, cli, environment, plan, prerequisites, scripts, tools, workspace
+from virt_dib.errors import ElementError, ToolError, UsageError, VirtDibError
 from virt_dib.spec import BuildSpec
 
 
@@ -74,8 +76,8 @@ def test_names_of_all_kinds_in_one_plan(place: Path, monkeypatch: pytest.MonkeyP
     named = [name for name in ODD_NAMES if name not in listed and not set(name) & set(" \t\n")]
     made = planned(place, "one", *named)
     assert made.elements.keys() == {"one", *listed, *named}
-    scripts = [script.name for script in made.scripts]
-    assert {f"{number:02}-odd" for number, name in enumerate(ODD_NAMES) if name in made.elements} <= set(scripts)
+    names = [script.name for script in made.scripts]
+    assert {f"{number:02}-odd" for number, name in enumerate(ODD_NAMES) if name in made.elements} <= set(names)
     assert not (place / "pwned").exists()
 
 
@@ -303,9 +305,9 @@ def test_five_thousand_scripts_in_one_phase(place: Path) -> None:
         (directory / f"{number}-{'long' * 50}").symlink_to("50-x")
     (directory / "50-x").rename(directory / "10000-x")
     (directory / "50-x").symlink_to("10000-x")
-    scripts = planned(place).scripts
-    assert len(scripts) == 5002
-    assert [script.name.partition("-")[0] for script in scripts] == sorted(
+    found = planned(place).scripts
+    assert len(found) == 5002
+    assert [script.name.partition("-")[0] for script in found] == sorted(
         [*map(str, range(5000)), "50", "10000"], key=int
     )
 
@@ -327,3 +329,216 @@ def test_a_megabyte_of_dependencies_that_do_not_exist(place: Path, capfd: pytest
     assert len([line for line in told if line.startswith("virt-dib: error: element 'missing-")]) == 100
     assert told[-2] == "virt-dib: error: 49900 more mistakes"
     assert told[-1] == "virt-dib: hint: mend the first ones first"
+
+
+def test_the_longest_variable_that_a_program_can_have() -> None:
+    """What virt-dib takes for it is what this kernel does."""
+    env = tools.require("env", purpose="run the tests", package="coreutils")
+    longest = environment.LONGEST_BYTES - len("A=\0")
+    for length in (longest, longest + 1):
+        fits = length == longest
+        assert starts([env], {"A": "x" * length}) == fits
+    assert starts([env], {f"A{number}": "x" * 100_000 for number in range(environment.MOST_BYTES // 100_100)})
+    assert not starts([env], {f"A{number}": "x" * 100_000 for number in range(100)})
+
+
+def starts(command: Sequence[str | Path], variables: dict[str, str]) -> bool:
+    try:
+        return tools.run(command, doing="starting it", environment=variables).exit_status == 0
+    except ToolError as error:
+        return "Argument list too long" not in str(error)
+
+
+def test_more_in_variables_than_programs_can_have(place: Path) -> None:
+    for number in range(300):
+        make_element(place / "elements", f"{number:0255}", {})
+    long = [f"{number:0255}" for number in range(300)]
+    error = refused(place, "one", *long)
+    assert isinstance(error, UsageError)
+    told = r"the variable '(\w+)' has 15\d KiB, more than programs can have in one"
+    assert [re.sub(told, r"\1", message) for message in messages(error)] == [
+        "IMAGE_ELEMENT_YAML",
+        "get_image_element_array",
+    ]
+    spec = dataclasses.replace(spec_in(place), variables={f"A{number}": "x" * 100_000 for number in range(20)})
+    with pytest.raises(UsageError, match=r"the variables have 19\d\d KiB together, more than programs can have"):
+        api.plan_image(spec)
+    spec = dataclasses.replace(spec_in(place), variables={"A": "\ud800"})
+    with pytest.raises(UsageError, match="half of a surrogate pair"):
+        api.plan_image(spec)
+
+
+# ---- scripts that cannot run, or will not ----
+
+
+def test_scripts_that_no_build_can_run(place: Path) -> None:
+    # A program of this host, but of no package of it.
+    local = "/proc/self/exe"
+    files = {
+        "root.d/10-crlf": "#!/bin/bash\r\necho\r\n",
+        "install.d/10-crlf": "#!/bin/bash\r\necho\r\n",
+        "install.d/11-env": "#!/usr/bin/env python3\r\n",
+        "finalise.d/12-options": "#! /bin/sh -e\r\n",
+        "cleanup.d/13-missing": "#!/no/such/program -x\n",
+        "cleanup.d/14-missing": "#!/usr/bin/nosuchprogram\n",
+        "cleanup.d/15-file": "#!/usr/share\n",
+        "cleanup.d/16-file": "#!/usr/lib/os-release\n",
+        "cleanup.d/17-local": f"#!{local}\n",
+        "cleanup.d/18-relative": "#!bash\n",
+        "install.d/18-relative": "#!bash\n",
+        "root.d/19-python": "#!/usr/bin/python3\nprint 'x'\n",
+    }
+    two = make_element(place / "elements", "two", files)
+    (two / "root.d" / "20-link").symlink_to("10-crlf")
+    crlf = "its lines end in CR LF, so there is no program of the name in the first one"
+    there = "and there is no such program"
+    expected = {
+        "root.d/10-crlf": crlf,
+        "root.d/20-link": crlf,
+        "install.d/10-crlf": crlf,
+        "install.d/11-env": crlf,
+        "finalise.d/12-options": crlf,
+        "cleanup.d/13-missing": f"its first line names '/no/such/program', {there}",
+        "cleanup.d/14-missing": f"its first line names '/usr/bin/nosuchprogram', {there}",
+        "cleanup.d/15-file": f"its first line names '/usr/share', {there}",
+        "cleanup.d/16-file": f"its first line names '/usr/lib/os-release', {there}",
+        "cleanup.d/17-local": f"its first line names '{local}', and of this host the guest has the programs of "
+        "packages alone",
+        "cleanup.d/18-relative": "its first line names 'bash', which is no absolute path",
+        "install.d/18-relative": "its first line names 'bash', which is no absolute path",
+        "root.d/19-python": "it is not Python 3, line 2: Missing parentheses in call to 'print'. Did you mean "
+        "print(...)?",
+    }
+    error = refused(place, "one", "two")
+    assert isinstance(error, ElementError)
+    assert sorted(messages(error)) == sorted(
+        f"script '{name}' of element 'two' cannot run: {reason}" for name, reason in expected.items()
+    )
+    hints = {problem.message.split("'")[1]: problem.hint for problem in error.problems}
+    assert hints["root.d/10-crlf"] == f"have them end in LF: sed -i 's/\\r$//' {two}/root.d/10-crlf"
+    assert hints["install.d/18-relative"] == "have it begin with #!/usr/bin/env bash"
+
+
+def test_scripts_that_may_run(place: Path) -> None:
+    files = {
+        "root.d/10-guest": "#!/dib/programs/python\n",
+        "root.d/11-made": "#!/tmp/interpreter\n",
+        "root.d/12-blanks": "#! \t/bin/bash\t-e \n",
+        "root.d/13-empty": "#!\nexit 0\n",
+        "root.d/14-none": "echo\n",
+        "root.d/15-perl": "#!/usr/bin/perl -w\r\nprint 1;\r\n",
+        "root.d/16-nothing": "",
+        "root.d/17-binary": "\x7fELF\0\0#!",
+        "root.d/18-long": f"#!/bin/bash {'x' * 10000}\r\n",
+        "install.d/20-inside": "#!/opt/of/the/image\n",
+        "install.d/21-python": "#!/usr/bin/python2\nprint 'x'\n",
+        "environment.d/10-good": "export A=1\n",
+    }
+    make_element(place / "elements", "two", files)
+    made = planned(place, "one", "two")
+    assert len(made.scripts) == len(files)
+    assert made.warnings == ()
+
+
+def test_what_will_not_be_run_is_told_before(place: Path) -> None:
+    files = {
+        "install.d/10-plain": "#!/bin/bash\n",
+        "install.d/11-data": "no script\n",
+        "install.d/12-script.sh": "#!/bin/bash\n",
+        "environment.d/13-crlf": "export A=1\r\n",
+        "root.d/14-mark": "\ufeff#!/bin/bash\n",
+    }
+    two = make_element(place / "elements", "two", files)
+    for name in files:
+        if name.startswith("install.d"):
+            (two / name).chmod(0o644)
+    outside = {"20-there": "/usr/bin/true", "21-gone": "/usr/bin/nosuchprogram", "22-host": "/proc/self/exe"}
+    for name, target in {**outside, "23-up": "../../root.d/14-mark", "24-dangling": "no", "25-made": "/tmp/x"}.items():
+        (two / "root.d" / name).symlink_to(target)
+    (two / "install.d" / "26-inside").symlink_to("/usr/bin/nosuchprogram")
+    will_not = "of element 'two' will not run:"
+    variables = "end in CR LF: so will the values of variables that it sets;"
+    made = planned(place, "one", "two")
+    assert sorted(made.warnings) == sorted([
+        f"'install.d/10-plain' {will_not} it is not executable; chmod +x {two}/install.d/10-plain",
+        f"lines of 'environment.d/13-crlf' {variables} sed -i 's/\\r$//' {two}/environment.d/13-crlf",
+        "'root.d/14-mark' of element 'two' begins with a byte order mark: whatever its first line says, bash runs it",
+        f"'root.d/21-gone' {will_not} it is a link to '/usr/bin/nosuchprogram', which is not there",
+        f"'root.d/22-host' {will_not} it is a link to '/proc/self/exe', which is not there",
+        f"'root.d/23-up' {will_not} it is a link to '../../root.d/14-mark', which is not there",
+        f"'root.d/24-dangling' {will_not} it is a link to 'no', which is not there",
+    ])  # fmt: skip
+
+
+def test_not_all_warnings_of_a_checkout_without_modes(place: Path) -> None:
+    two = make_element(place / "elements", "two", {f"install.d/{number}-x": "#!/bin/sh\n" for number in range(30)})
+    for path in (two / "install.d").iterdir():
+        path.chmod(0o644)
+    made = planned(place, "one", "two")
+    assert len(made.warnings) == 21
+    assert made.warnings[-1] == "10 more of these"
+
+
+BROKEN = {
+    # a script, and the hint when it has failed
+    "#!/bin/bash\r\necho\r\n": "names is not there, or cannot be run; or that line ends in CR LF",
+    "#!/no/such/program\n": "names is not there, or cannot be run",
+    "#!/usr/share\n": "names is not there, or cannot be run",
+    "#!/usr/bin/env bash\r\n": "end in CR LF: have them end in LF",
+    "#!/bin/bash -e\r\n": "end in CR LF: have them end in LF",
+    "set -e\r\nexit 3\r\n": "end in CR LF: have them end in LF",
+    "#!/bin/bash\n\r\nexit 3\n": "end in CR LF: have them end in LF",
+    "\x7fELF\x01\0\0\0": "is no script, and no program for this processor",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_the_output_of_a_script_that_could_not_be_run(text: str, tmp_path: Path) -> None:
+    """As bash of this host tells it; each carriage return begins a line, as in a log."""
+    script = tmp_path / "50-x"
+    script.write_text(text, newline="")
+    script.chmod(0o755)
+    bash = tools.require("bash", purpose="run the tests", package="bash")
+    ran = tools.run([bash, "-c", '"$1"; exit $?', "bash", script], doing="running it", check=False)
+    assert ran.exit_status != 0
+    hint = scripts.advice(ran.stderr.replace("\r", "\n").splitlines())
+    assert hint
+    assert BROKEN[text] in hint
+
+
+def test_ordinary_errors_are_no_matter_of_line_ends() -> None:
+    for line in (
+        "./50-x: line 3: nosuchprogram: command not found",
+        "cat: /no/such/file: No such file or directory",
+        "50-x: line 2: [: x: integer expression expected",
+        "E: Unable to locate package 'x'",
+        "env: 'nosuch': No such file or directory",
+    ):
+        assert scripts.advice([line]) is None
+
+
+@pytest.mark.sandbox
+def test_the_error_of_a_script_whose_interpreter_is_missing(place: Path) -> None:
+    """One that another script has made, so that nobody could see it before."""
+    make_tiny_os(place / "elements")
+    make = (
+        '#!/bin/bash\nprintf \'#!/bin/bash\\r\\necho\\r\\n\' >"$TARGET_ROOT/helper"\nchmod +x "$TARGET_ROOT/helper"\n'
+    )
+    make_element(place / "elements", "two", {"root.d/90-make": make, "install.d/50-x": "#!/bin/bash\n/helper\n"})
+    (place / "out").mkdir()
+    arguments: list[str | Path] = [
+        "--name",
+        "x",
+        "--no-network",
+        "--skip-base",
+        "-p",
+        place / "elements",
+        "tiny-os",
+        "two",
+    ]
+    run, _ = tree_stage(
+        tree_stage_command(arguments, look="true"), cwd=place / "out", environment={**os.environ, "TMPDIR": str(place)}
+    )
+    assert run.exit_status == 1
+    assert "install.d/50-x of element 'two' failed with exit status 127" in run.stderr
+    assert "hint: the program that the first line of '/helper' names is not there" in run.stderr

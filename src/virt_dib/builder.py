@@ -164,6 +164,8 @@ class ImagePlan:
     formats: tuple[str, ...]
     memory_mib: int
     cpus: int
+    warnings: tuple[str, ...] = ()
+    """What a build of it would warn of at once, such as a script that is not executable."""
 
 
 def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: RunOptions = RunOptions()) -> ImagePlan:
@@ -187,6 +189,7 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
             formats=tuple(output.name for output in plan.formats),
             memory_mib=plan.memory_mib,
             cpus=plan.cpus,
+            warnings=tuple(plan.warnings),
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import yaml
 
 from virt_dib import masking
 from virt_dib.elements import Element
+from virt_dib.errors import Problem
 from virt_dib.releases import NEWEST, DiskMaker, PythonName, Rules
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, Phase, Where
 
@@ -53,6 +55,10 @@ PYTHON = "/usr/bin/python3"
 CONTAINERFILE = "containerfile"
 """DIB's element that makes the tree of a container's image, with podman; others depend on it."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+LONGEST_BYTES = 128 << 10
+"""The longest text that the kernel passes to a program (execve(2))."""
+MOST_BYTES = 1920 << 10
+"""What it passes together, where the stack is 8 MiB, without room for arguments."""
 _OF_THE_DISK = (Phase.BLOCK_DEVICE, Phase.PRE_FINALISE, Phase.FINALISE, Phase.CLEANUP)
 
 
@@ -412,6 +418,25 @@ def functions(facts: Facts, phase: Phase) -> str:
         '_ps4() { printf "%-80s " "${BASH_SOURCE[1]-}:${BASH_LINENO[0]}:${FUNCNAME[1]-}"; }\n'
         "export -f die get_image_element_array _ps4\n"
     )
+
+
+def length_problems(facts: Facts) -> list[Problem]:
+    """The variables that are longer than the kernel takes: no script would start."""
+    sizes_bytes: dict[str, int] = {}
+    most_bytes = 0
+    for phase in filter(facts.rules.has, Phase):
+        texts = for_phase(facts, phase) | {"get_image_element_array": functions(facts, phase)}
+        lengths = {name: len(os.fsencode(f"{name}={text}")) + 1 for name, text in texts.items()}
+        sizes_bytes |= {name: length for name, length in lengths.items() if length > LONGEST_BYTES}
+        most_bytes = max(most_bytes, sum(lengths.values()))
+    hint = "give fewer elements, shorter values, or files instead: DIB_BLOCK_DEVICE_CONFIG=file:///PATH"
+    found = [
+        Problem(f"the variable '{name}' has {length >> 10} KiB, more than programs can have in one", hint)
+        for name, length in sizes_bytes.items()
+    ]
+    if not found and most_bytes > MOST_BYTES:
+        found = [Problem(f"the variables have {most_bytes >> 10} KiB together, more than programs can have", hint)]
+    return found
 
 
 def _lower_case_proxies(variables: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from virt_dib import environment as contract
-from virt_dib import online
+from virt_dib import online, scripts
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, ScriptError
@@ -275,9 +275,8 @@ def _advice(monitor: BuildMonitor, facts: Facts, where: Where, killed_hint: str 
     lines = monitor.tail(_READ_LINES)
     missing = tools_not_found(lines[-LAST_LINES:]) if where is Where.OUTSIDE else []
     found = [f"{problem.message}; {problem.hint}" for problem in missing]
-    network = online.advice(lines, facts)
-    reasons = [reason for reason in (killed_hint, network) if reason]
-    return "; ".join([*found, *reasons, _where(monitor)])
+    hints = (scripts.advice(lines[-LAST_LINES:]), killed_hint, online.advice(lines, facts))
+    return "; ".join([*found, *(hint for hint in hints if hint), _where(monitor)])
 
 
 def _where(monitor: BuildMonitor) -> str:

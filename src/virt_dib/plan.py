@@ -6,10 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import stat
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +39,12 @@ from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
 from virt_dib.releases import Rules
-from virt_dib.spec import BuildSpec, ExtraData, Phase, Where, check_label, check_spec, check_texts
+from virt_dib.scripts import Scripts
+from virt_dib.spec import BuildSpec, ExtraData, Phase, check_label, check_spec, check_texts
 from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
 
-_PYTHON_2 = "/usr/bin/python2"
-"""Where the guest would have it."""
-_LARGEST_SCRIPT_BYTES = 1 << 20
-_PYTHON_SCRIPT = re.compile(rb"#![ \t]*/[^\n]*\bpython(?P<two>2[0-9.]*)?(?:[ \t\n]|3)")
 DEFAULT_MEMORY_MIB = 2048
 _MOST_CPUS = 8
 _DOCKER_SCRIPT = Path("root.d", "08-docker")
@@ -129,7 +124,8 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.stop()
     if tree is None or disk is None or host_files is None:
         raise AssertionError
-    found.tell(lambda: _check_python_scripts(tree))
+    scripts = Scripts(tree, chosen, installation.rules, on_host=spec.extra_data is ExtraData.HOST)
+    found.add(scripts.problems(), ElementError)
     _fill(staging, choice, disk)
     if certificates is not None:
         staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
@@ -154,6 +150,8 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         on_host=on_host,
         certificates=None if certificates is None else str(certificates.source),
     )
+    found.add(contract.length_problems(facts), UsageError)
+    found.stop()
     return BuildPlan(
         spec=spec,
         dib=installation,
@@ -169,6 +167,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
         cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
         warnings=(
+            *scripts.warnings(),
             *_warnings(spec, staging, environ),
             *(problem.message for problem in _shared_places(spec, workspace)),
         ),
@@ -432,46 +431,6 @@ def _fill(staging: Staging, choice: _Choice, disk: Layout) -> None:
         staging.add_prefix(installation.library_dir, installation.programs, own_elements)
 
 
-def _check_python_scripts(tree: HookTree) -> None:
-    """Refuse Python scripts of phases outside the chroot that the guest's Python cannot run.
-
-    Raises:
-        ElementError: all of them.
-    """
-    problems = []
-    for script in (script for phase in Phase if phase.where is Where.OUTSIDE for script in tree.scripts(phase)):
-        reason = _why_not_python_3(tree.directory / script.phase.directory / script.name)
-        if reason is not None:
-            of_element = f" of element '{script.element}'" if script.element else ""
-            problems.append(
-                Problem(
-                    f"script '{script.phase.directory}/{script.name}'{of_element} cannot run: {reason}",
-                    "port it to Python 3, or leave it out with --exclude-script",
-                )
-            )
-    if problems:
-        raise ElementError.of(problems)
-
-
-def _why_not_python_3(path: Path) -> str | None:
-    with path.open("rb") as stream:
-        text = stream.read(_LARGEST_SCRIPT_BYTES)
-    python = _PYTHON_SCRIPT.match(text)
-    if python is None or len(text) == _LARGEST_SCRIPT_BYTES:
-        return None
-    if python["two"] and not os.path.exists(_PYTHON_2):
-        return "it wants Python 2, which is not installed"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(text, path.name, "exec", dont_inherit=True)
-    except SyntaxError as error:
-        return f"it is not Python 3, line {error.lineno}: {error.msg}"
-    except (ValueError, RecursionError, MemoryError):
-        return None
-    return None
-
-
 def guest_rules(rules: Rules) -> str:
     """Bash text that tells the guest scripts what depends on DIB's release."""
     answers = {
@@ -503,11 +462,11 @@ class _Findings:
         self._problems = list(problems)
         self._class: type[VirtDibError] | None = UsageError if problems else None
 
-    def add(self, problems: Sequence[Problem]) -> None:
-        """Take over what is missing on the host."""
+    def add(self, problems: Sequence[Problem], kind: type[VirtDibError] = PrerequisiteError) -> None:
+        """Take over what is missing on the host, or wrong of another *kind*."""
         self._problems += problems
         if problems and self._class is None:
-            self._class = PrerequisiteError
+            self._class = kind
 
     def tell(self, ask: Callable[[], _T]) -> _T | None:
         """The answer, or None when it is an error, which is kept."""

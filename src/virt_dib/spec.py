@@ -212,6 +212,8 @@ LARGEST_DISK_BYTES = 2**60
 _LABEL = re.compile(r"""[!-~]+""")
 _NOT_IN_LABELS = frozenset("/'\"`\\,")
 """They would end or change the label in fstab, in bootloaders' files, in device paths."""
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""What stands for no byte, so that no program can be given it."""
 VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
 """Bash's own, which nobody can set."""
 
@@ -311,6 +313,8 @@ def check_variable(name: str, value: str) -> None:
         )
     if "\0" in value:
         raise UsageError(f"cannot set the variable '{name}' to a value with a NUL in it")
+    if _HALF.search(value):
+        raise UsageError(f"cannot set the variable '{name}' to a value with half of a surrogate pair in it")
 
 
 def parse_size(text: str) -> int | None:
