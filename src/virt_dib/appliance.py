@@ -441,8 +441,6 @@ class Appliance:
                     on_event(piece)
             if data:
                 pause_s, heard = _POLL_FIRST_S, time.monotonic()
-                if len(data) == _CHUNK_BYTES:
-                    continue
             elif time.monotonic() - heard > _ALIVE_CHECK_S:
                 self._check_alive(pid)
                 heard = time.monotonic()
@@ -451,8 +449,9 @@ class Appliance:
                 raise _NoAnswerError("the appliance stood still while it was being prepared")
             self._check_host_space()
             check_cancelled()
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, _POLL_LAST_S)
+            if len(data) < _CHUNK_BYTES:
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, _POLL_LAST_S)
 
     def _check_alive(self, pid: str) -> None:
         state = self._call(
