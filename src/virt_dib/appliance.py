@@ -490,8 +490,6 @@ class Appliance:
                     return int(piece.words[0])
                 elif on_event is not None:
                     on_event(piece)
-            if len(data) == _CHUNK_BYTES:
-                continue
             if data:
                 silence = _Silence(silence.is_alive, silence.hint)
             else:
@@ -501,7 +499,8 @@ class Appliance:
                 raise _NoAnswerError("the appliance stood still while it was being prepared")
             self._check_host_space()
             check_cancelled()
-            silence.wait()
+            if len(data) < _CHUNK_BYTES:
+                silence.wait()
 
     def _is_alive(self, pid: str) -> bool:
         doing = "asking the appliance whether it lives"

@@ -18,10 +18,11 @@ from virt_dib import environment as contract
 from virt_dib.errors import ApplianceError
 from virt_dib.terminal_link import Terminal
 
-STATUS = re.compile(r"[0-9]{1,3}")
-"""An exit status in what a guest says, which it may have forged."""
+STATUS = re.compile(r"25[0-5]|2[0-4][0-9]|1?[0-9]{1,2}")
+"""An exit status in what a guest says, which it may have forged: of 256, a program that ends with it would make 0."""
 
-_EVENT_LIMIT_BYTES = 1 << 20
+_EVENT_LIMIT_BYTES = 1 << 22
+"""Enough for the names of 10,000 scripts."""
 _RS = b"\x1e"
 
 
@@ -146,40 +147,41 @@ class Splitter:
     _rest: bytes = field(default=b"")
 
     def feed(self, data: bytes) -> Iterator[bytes | Event]:
-        """Yield pieces of output and events in their order."""
+        """Yield pieces of output and events in their order, in time linear in *data*, which a guest may have forged."""
         mark = _RS + self.token + b" "
-        self._rest += data
-        while self._rest:
-            start = self._rest.find(mark)
+        data, position, self._rest = self._rest + data, 0, b""
+        while position < len(data):
+            start = data.find(mark, position)
             if start < 0:
-                keep = self._overlap(mark)
-                output, self._rest = self._rest[: len(self._rest) - keep], self._rest[len(self._rest) - keep :]
-                if output:
-                    yield output
+                start = len(data) - self._overlap(data[position:], mark)
+                self._rest = data[start:]
+                if start > position:
+                    yield data[position:start]
                 return
-            if start:
-                yield self._rest[:start]
-                self._rest = self._rest[start:]
-            end = self._rest.find(_RS, len(mark))
-            if end < 0:
-                if len(self._rest) > _EVENT_LIMIT_BYTES:
-                    yield self._rest[:1]
-                    self._rest = self._rest[1:]
-                    continue
+            if start > position:
+                yield data[position:start]
+            end = data.find(_RS, start + len(mark))
+            if end >= 0:
+                name, *words = data[start + len(mark) : end].decode(errors="replace").split(" ")
+                position = end + 1
+                yield Event(name, tuple(words))
+            elif len(data) - start > _EVENT_LIMIT_BYTES:
+                position = start + 1
+                yield data[start:position]
+            else:
+                self._rest = data[start:]
                 return
-            name, *words = self._rest[len(mark) : end].decode(errors="replace").split(" ")
-            self._rest = self._rest[end + 1 :]
-            yield Event(name, tuple(words))
 
     def end(self) -> bytes:
         """What is left when the stream has ended: the beginning of a record that never came whole."""
         rest, self._rest = self._rest, b""
         return rest
 
-    def _overlap(self, mark: bytes) -> int:
-        """How many bytes at the end of the rest may be the beginning of a mark."""
-        start = self._rest.rfind(_RS, -len(mark))
-        return len(self._rest) - start if start >= 0 and mark.startswith(self._rest[start:]) else 0
+    @staticmethod
+    def _overlap(data: bytes, mark: bytes) -> int:
+        """How many bytes at the end of *data* may be the beginning of a mark."""
+        start = data.rfind(_RS, -len(mark))
+        return len(data) - start if start >= 0 and mark.startswith(data[start:]) else 0
 
 
 class Tail:

@@ -384,8 +384,13 @@ class Inside:
         with in_memory(b"exec 3<&-\n" + text) as job:
             self.send(b"job", job.fileno(), standard_input)
         message, descriptors = self.receive()
+        while message.startswith("exit "):
+            # Of an earlier job, for which a limit of time has kept us from waiting.
+            message, descriptors = self.receive()
         if message != "output" or len(descriptors) != 1:
             raise ApplianceError("running the sandbox: it does not start the job")
+        # A process of the job may read from it too, and so take what is there from under our eyes.
+        os.set_blocking(descriptors[0], False)
         pipe = open(descriptors[0], "rb", buffering=0)  # noqa: SIM115 - the caller closes it
         with contextlib.suppress(OSError):
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
@@ -398,10 +403,10 @@ class Inside:
             ready = select.select(sources, [], [], CHECK_INTERVAL_S)[0]
             check_cancelled()
             if pipe in ready:
-                data = pipe.read(_CHUNK_BYTES)
+                data = _read(pipe, _CHUNK_BYTES)
                 if data:
                     on_output(data)
-                else:
+                elif data is not None:
                     sources.remove(pipe)
             if self.socket in ready:
                 word, _, status = self.receive()[0].partition(" ")
@@ -409,11 +414,18 @@ class Inside:
                     raise ApplianceError("running the sandbox: it does not say how the job ended")
                 # All that the job wrote is in the pipe now. A process it left behind may go on writing there.
                 left = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
-                while left:
-                    data = pipe.read(left)
+                while left and (data := _read(pipe, left)):
                     left -= len(data)
                     on_output(data)
                 return int(status)
+
+
+def _read(pipe: IO[bytes], most_bytes: int) -> bytes | None:
+    """What can be read now; None for nothing."""
+    try:
+        return os.read(pipe.fileno(), most_bytes)
+    except BlockingIOError:
+        return None
 
 
 @contextlib.contextmanager

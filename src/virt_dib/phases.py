@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,9 @@ _KILLED = re.compile(r"\bKilled\b")
 _RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _MOST_RESULTS = 10_000
 """Scripts of a phase in the report; a guest may forge any number."""
+_LONGEST_NAME = 255
+"""Of a file on any file system."""
+_LATEST_S = 1e12
 
 
 class Phases:
@@ -167,9 +169,11 @@ class _PhaseScripts:
     def event(self, event: Event) -> None:
         """Take one event of ``guest/run-phase.sh``."""
         words = event.words
+        if any(len(word) > _LONGEST_NAME for word in words):
+            return  # forged
         if event.name == "list":
             self._listed = True
-            self._monitor.phase_started(self._phase.directory, words)
+            self._monitor.phase_started(self._phase.directory, words[:_MOST_RESULTS])
         elif event.name == "source" and len(words) == 1:
             self._monitor.environment_sourced(words[0])
         elif event.name == "start" and len(words) == 2:  # noqa: PLR2004 - NAME SECONDS
@@ -259,12 +263,12 @@ def _of(element: str | None) -> str:
 
 
 def _seconds(text: str) -> float:
-    """The seconds that a guest tells, which may say 'nan'."""
+    """The seconds that a guest tells, which may say 'nan', or what no difference can be taken of."""
     try:
         seconds = float(text)
     except ValueError:
         return 0.0
-    return seconds if math.isfinite(seconds) else 0.0
+    return seconds if 0.0 <= seconds <= _LATEST_S else 0.0
 
 
 def _advice(monitor: BuildMonitor, facts: Facts, where: Where, killed_hint: str | None = None) -> str:
