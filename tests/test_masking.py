@@ -106,6 +106,16 @@ def test_texts(text: str, without: str) -> None:
     assert mask(text) == without
 
 
+@pytest.mark.parametrize(
+    "piece",
+    ["x", "=", "a=", "_", "a_=", "://", "a://", "http://", "https://x", "'", "='", '="', ":@", "A://b:", "PASS_"],
+)
+def test_long_texts_take_no_longer_than_their_length(piece: str) -> None:
+    """Or this would take hours."""
+    text = piece * ((1 << 20) // len(piece))
+    assert Mask({"MY_TOKEN": VALUE})(f"{text} {VALUE}") == f"{text} {MASK}"
+
+
 @given(st.text(), st.text(min_size=8))
 def test_no_text_holds_a_secret_afterwards(text: str, secret: str) -> None:
     if is_secret("A_SECRET", secret) and secret.strip() == secret and MASK not in secret and secret not in MASK:
