@@ -222,7 +222,7 @@ def test_hint_for_a_script_that_got_nowhere(line: str) -> None:
     lines = ["before", line, "E: Unable to locate package x"]
     proxy = {"https_proxy": "http://user:secret@proxy.example"}
     assert str(online.advice(lines, facts_of(network=False))).startswith("--no-network leaves scripts no network")
-    assert "--envvar gives to the elements" in str(online.advice(lines, facts_of(proxy)))
+    assert "the proxy that the elements are given" in str(online.advice(lines, facts_of(proxy)))
     assert str(online.advice(lines, facts_of(host=proxy))).endswith("give it to them: --envvar https_proxy")
     assert "does this host itself reach" in str(online.advice(lines, facts_of()))
 
