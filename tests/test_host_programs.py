@@ -94,6 +94,7 @@ def test_python_that_compiles_imports_nothing_from_the_working_directory(with_mo
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/module.py").write_text("")
     staged.add_modules([tmp_path / "elsewhere/module.py"], Path("/usr/bin/python3"))
+    staged.finish()
     (compiled,) = (staged.directory / "site/__pycache__").iterdir()
     # It names its source, in the guest.
     assert b"/dib/site/module.py" in compiled.read_bytes()

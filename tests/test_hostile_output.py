@@ -283,7 +283,7 @@ def test_output_without_end_does_not_keep_a_limit_from_ending_it(agent: HostileA
     def take(data: bytes) -> None:
         nonlocal received
         received += len(data)
-        assert received < 1000 * MIB, "no end"
+        assert received < 100_000 * MIB, "no end"
 
     limit = Limit(0.5, lambda: ToolError("too long"))
     limit.start()

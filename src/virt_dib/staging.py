@@ -306,7 +306,7 @@ class Staging:
 def _strange_problem(element: Element) -> Problem:
     return Problem(
         f"the element '{element.name}' is a link to '{element.path}', which has nothing of an element in it",
-        "have a copy of that in a directory of -p, or name the directory that it is in with -p",
+        "have a copy of that in a directory of --element-path, or name the directory that it is in with it",
     )
 
 
