@@ -64,6 +64,7 @@ _DRIVE_HINTS = {
 }
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; -v -x shows what the appliance says"
+_WATCH_HINT = "run it again with -v -x to see what it is doing"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -318,7 +319,7 @@ class Appliance:
             try:
                 stream.connect(str(self._settings.shell_socket))
             except OSError as error:
-                raise ApplianceError(f"opening a shell in the appliance: {error.strerror}") from error
+                raise ApplianceError(f"opening a shell in the appliance: {error.strerror}", hint=_WATCH_HINT) from error
             text = job_text([*LINK, _SHELL_PORT, *command], variables, cwd, functions=functions)
             job, pid = self._start_job(text, token)
             status = relay(stream, terminal, self._watch(pid))
@@ -351,7 +352,7 @@ class Appliance:
             self._check_host_space()
             if target.exists() and target.stat().st_size > limit_bytes:
                 raise ApplianceError(
-                    f"{doing}: it holds more than {limit_bytes} bytes", hint="an element left it there"
+                    f"{doing}: it holds more than {limit_bytes} bytes", hint="have the elements leave less there"
                 )
 
         inside = self._on_build_disk(directory)
@@ -448,7 +449,7 @@ class Appliance:
                 heard = time.monotonic()
             if deadline is not None and time.monotonic() > deadline:
                 self._kill()
-                raise _NoAnswerError("the appliance stood still while it was being prepared")
+                raise _NoAnswerError("preparing the appliance: it stood still", hint=_WATCH_HINT)
             self._check_host_space()
             check_cancelled()
             time.sleep(pause_s)
@@ -463,7 +464,7 @@ class Appliance:
         )
         if state.strip() != "alive":
             raise ApplianceError(
-                "the runner in the appliance ended without a result",
+                "running a command in the appliance: it ended without a result",
                 hint="perhaps the appliance ran out of memory: give it more with --memsize",
             )
 
@@ -598,9 +599,7 @@ def _wait(
         if meanwhile is not None:
             meanwhile()
         elif time.monotonic() > until:
-            raise _NoAnswerError(
-                f"{doing}: no answer in {timeout_s:.0f} s", hint="run it again with -v -x to see what it is doing"
-            )
+            raise _NoAnswerError(f"{doing}: no answer in {timeout_s:.0f} s", hint=_WATCH_HINT)
 
 
 def _children(thread: int) -> set[int]:

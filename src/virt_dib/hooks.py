@@ -95,7 +95,8 @@ def compose(elements: Sequence[Element], into: Path, *, excluded_scripts: frozen
         merge.finish()
     except OSError as error:
         raise ToolError(
-            f"copying the hooks to '{into}': {error.strerror}", hint="free some space, or use another directory"
+            f"copying the hooks to '{into}': {error.strerror}",
+            hint="set TMPDIR to a directory with more room, or make some there",
         ) from error
     if merge.problems:
         raise ElementError.of(merge.problems)
