@@ -12,6 +12,7 @@ import itertools
 import keyword
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,47 +32,66 @@ _EPOCH = datetime(2026, 1, 1, tzinfo=timezone.utc)
 _MOST_ALTERNATIVES = 16
 _PLACEHOLDER = re.compile(r"\{\w*\}")
 
-# Which arguments of a call are messages: by position, and by name.
-_ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-    "Problem": ((0, 1), ("message", "hint")),
-    "SelectionProblem": ((0, 1), ("message", "hint")),
-    "Option": ((4,), ("help",)),
-    "_flag": ((2,), ()),
-    "_value": ((3,), ()),
-    "_values": ((3,), ()),
-    "_switch": ((2, 3), ()),
-    "_choice": ((0,), ()),
-    "message": ((0,), ()),
-    "warning": ((0,), ()),
-    "on_message": ((0,), ()),
-    "step": ((0,), ()),
-    "phase_started": ((0,), ()),
-    "Check": ((), ("name", "detail", "hint")),
-    "translated": ((0,), ()),
-    "error": ((0,), ()),
-    "Verdict": ((), ("reason",)),
-    "Danger": ((1,), ()),
-    "_Unusable": ((0,), ()),
-    "_Tool": ((1,), ()),
-    "require": ((), ("purpose",)),
-    "_tool": ((), ("user",)),
-    "_space": ((0, 3), ()),
-    "_mistake": ((1, 2), ()),
-    "_refusal": ((3,), ()),
-    "_warn": ((0,), ()),
-    "_pairs": ((1,), ()),
-    "_taken": ((2,), ()),
-    "Key": ((2,), ()),
-}
-_ERROR = ((0,), ("hint",))
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where in the code there are messages of a kind."""
+
+    arguments: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+    """Of calls, by position and by name; of a method ``it.add``, or of any ``add``."""
+    of_errors: tuple[tuple[int, ...], tuple[str, ...]]
+    """The same for all classes of errors."""
+    returning: re.Pattern[str]
+    """Functions that return them."""
+    constants: re.Pattern[str]
+    """Constants that are or hold them."""
+    pieces: frozenset[str] = frozenset()
+    """Functions whose variables are pieces of them."""
+    parts: re.Pattern[str] = re.compile(r"(?!)")
+    """Variables of any function that are."""
+
+
+TOLD = Places(
+    arguments={
+        "Problem": ((0, 1), ("message", "hint")),
+        "SelectionProblem": ((0, 1), ("message", "hint")),
+        "Option": ((4,), ("help",)),
+        "_flag": ((2,), ()),
+        "_value": ((3,), ()),
+        "_values": ((3,), ()),
+        "_switch": ((2, 3), ()),
+        "_choice": ((0,), ()),
+        "message": ((0,), ()),
+        "warning": ((0,), ()),
+        "on_message": ((0,), ()),
+        "step": ((0,), ()),
+        "phase_started": ((0,), ()),
+        "Check": ((), ("name", "detail", "hint")),
+        "translated": ((0,), ()),
+        "error": ((0,), ()),
+        "Verdict": ((), ("reason",)),
+        "_Unusable": ((0,), ()),
+        "_Tool": ((1,), ()),
+        "require": ((), ("purpose",)),
+        "_tool": ((), ("user",)),
+        "_space": ((0, 3), ()),
+        "Danger": ((1,), ()),
+        "_mistake": ((1, 2), ()),
+        "_refusal": ((3,), ()),
+        "_warn": ((0,), ()),
+        "_pairs": ((1,), ()),
+        "_taken": ((2,), ()),
+        "Key": ((2,), ()),
+    },
+    of_errors=((0,), ("hint",)),
+    returning=re.compile(r"_line|.*hint.*|install|_failure|_watch|_judge|_told|_unusable|_wanted"),
+    constants=re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)|OK|LACKING|SLOW|LOW"),
+    pieces=frozenset({"_line"}),
+    parts=re.compile(r"where|inner|why|what"),
+)
+"""All that people read translated."""
 _NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
-_RETURNING = re.compile(r"_line|.*hint.*|install|_failure|_watch|_judge|_told|_unusable|_wanted")
-"""Functions that return messages."""
-_PARTS = re.compile(r"where|inner|why|what")
-"""Variables with what is put into messages."""
-_CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)|OK|LACKING|SLOW|LOW")
-"""Constants that are or hold messages."""
-_OF_ARGPARSE = (
+OF_ARGPARSE = (
     "unrecognized arguments: {arguments}",
     "argument {name}: {message}",
     "argument {name}: not allowed with argument {other}",
@@ -85,9 +105,9 @@ _PLACED = ("{file}:{line}: {message}", "{origin}: '{name}': {message}")
 """What is wrong in a file of images, and where."""
 
 
-def messages(path: Path) -> Iterator[tuple[int, str]]:
+def messages(path: Path, places: Places = TOLD) -> Iterator[tuple[int, str]]:
     """The messages in a module, with their lines."""
-    module = _Module(ast.parse(path.read_text(encoding="utf-8")))
+    module = _Module(ast.parse(path.read_text(encoding="utf-8")), places)
     seen = set()
     for node, text in module.messages():
         if text not in seen and re.search(r"[A-Za-z]{2}", _PLACEHOLDER.sub("", text)):
@@ -96,8 +116,9 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 
 
 class _Module:
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, places: Places) -> None:
         self._tree = tree
+        self._places = places
         self._functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
     def messages(self) -> Iterator[tuple[ast.expr, str]]:
@@ -113,20 +134,25 @@ class _Module:
             if isinstance(node, ast.Call):
                 yield from self._of_call(scope, node)
             elif isinstance(node, ast.Return) and node.value and isinstance(scope, ast.FunctionDef):
-                if _RETURNING.fullmatch(scope.name):
+                if self._places.returning.fullmatch(scope.name):
                     for value in node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]:
                         yield from self._told(scope, value)
             elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
                 target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                part = isinstance(scope, ast.FunctionDef) and (scope.name == "_line" or _PARTS.fullmatch(_id(target)))
-                if isinstance(target, ast.Name) and (part or _CONSTANTS.fullmatch(target.id)):
+                part = isinstance(scope, ast.FunctionDef) and (
+                    scope.name in self._places.pieces or self._places.parts.fullmatch(_id(target))
+                )
+                if isinstance(target, ast.Name) and (part or self._places.constants.fullmatch(target.id)):
                     for value in _held(node.value):
                         yield from self._told(scope, value)
             yield from self._in(scope, node)
 
     def _of_call(self, scope: ast.Module | ast.FunctionDef, call: ast.Call) -> Iterator[tuple[ast.expr, str]]:
         name = str(getattr(call.func, "id", getattr(call.func, "attr", "")))
-        positions, keywords = _ARGUMENTS.get(name, _ERROR if name.endswith("Error") else ((), ()))
+        owner = getattr(call.func, "value", None)
+        whole = f"{getattr(owner, 'id', getattr(owner, 'attr', ''))}.{name}"
+        arguments, otherwise = self._places.arguments, self._places.of_errors if name.endswith("Error") else ((), ())
+        positions, keywords = arguments.get(whole) or arguments.get(name, otherwise)
         chosen = [call.args[position] for position in positions if position < len(call.args)]
         chosen += [keyword.value for keyword in call.keywords if keyword.arg in keywords]
         for value in chosen:
@@ -214,7 +240,7 @@ def template() -> Catalog:
         catalogue.add(kind.value, locations=[("src/virt_dib/image_file.py", 1)])
     for text in _PLACED:
         catalogue.add(text, locations=[("src/virt_dib/image_file.py", 1)], flags=["python-brace-format"])
-    for text in _OF_ARGPARSE:
+    for text in OF_ARGPARSE:
         flags = ["python-brace-format"] if _PLACEHOLDER.search(text) else []
         catalogue.add(text, locations=[("src/virt_dib/usage.py", 1)], flags=flags)
     for path in sorted(PACKAGE_DIR.glob("*.py")):

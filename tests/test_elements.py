@@ -187,7 +187,7 @@ def test_a_blank_of_another_kind_does_not_separate() -> None:
 @pytest.mark.parametrize("words", [[], [""], [" ", "\n\t"]])
 @pytest.mark.parametrize("skip_base", [True, False])
 def test_no_elements_at_all(words: list[str], skip_base: bool) -> None:  # noqa: FBT001 - a table's column
-    with pytest.raises(UsageError, match="no elements given"):
+    with pytest.raises(UsageError, match="no element named"):
         requested(words, arch="amd64", skip_base=skip_base)
 
 

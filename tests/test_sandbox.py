@@ -693,7 +693,7 @@ def test_missing_programs_are_told_together(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tools, "find", lambda _name: None)
     found = sandbox.problems()
     assert all(problem.hint for problem in found)
-    expected = ["neither 'slirp4netns' nor 'pasta' found, one of which the network of a sandbox needs"]
+    expected = ["neither 'slirp4netns' nor 'pasta' found, needed for a network apart from this host's"]
     if os.geteuid() != 0:
         expected = [
             f"'{name}' not found, needed to use subordinate ids" for name in ("newuidmap", "newgidmap")

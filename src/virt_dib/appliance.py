@@ -67,6 +67,7 @@ _DRIVE_HINTS = {
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; --verbose -x shows what the appliance says"
 _JOB_WRITTEN = re.compile(r"""((?:internal_)?write "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
+_WATCH_HINT = "run it again with --verbose -x to see what it is doing"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
 
@@ -157,7 +158,7 @@ class _Silence:
         now_s = time.monotonic()
         if self.ended_s is not None:
             if now_s > self.ended_s + _LAST_WORDS_S:
-                raise ApplianceError("the runner in the appliance ended without a result", hint=self.hint)
+                raise ApplianceError("running a command in the appliance: it ended without a result", hint=self.hint)
         elif now_s > self.since_s + _ALIVE_CHECK_S:
             self.since_s = now_s
             if not self.is_alive():
@@ -369,7 +370,7 @@ class Appliance:
             try:
                 stream.connect(str(self._settings.shell_socket))
             except OSError as error:
-                raise ApplianceError(f"opening a shell in the appliance: {error.strerror}") from error
+                raise ApplianceError(f"opening a shell in the appliance: {error.strerror}", hint=_WATCH_HINT) from error
             text = job_text([*LINK, _SHELL_PORT, *command], variables, cwd, functions=functions)
             job, pid = self._start_job(text, token)
             status = relay(stream, terminal, self._watch(pid))
@@ -401,7 +402,7 @@ class Appliance:
         def check() -> None:
             if target.exists() and target.stat().st_size > limit_bytes:
                 raise ApplianceError(
-                    f"{doing}: it holds more than {limit_bytes} bytes", hint="an element left it there"
+                    f"{doing}: it holds more than {limit_bytes} bytes", hint="have the elements leave less there"
                 )
 
         inside = self._on_build_disk(directory)
@@ -496,7 +497,7 @@ class Appliance:
                 silence.check()
             if deadline is not None and time.monotonic() > deadline:
                 self._kill()
-                raise _NoAnswerError("the appliance stood still while it was being prepared")
+                raise _NoAnswerError("preparing the appliance: it stood still", hint=_WATCH_HINT)
             self._check_host_space()
             check_cancelled()
             if len(data) < _CHUNK_BYTES:
@@ -681,10 +682,7 @@ def _wait(
         check_cancelled()
         meanwhile()
         if timeout_s is not None and time.monotonic() > begun_s + timeout_s:
-            raise _NoAnswerError(
-                f"{doing}: no answer in {timeout_s:.0f} s",
-                hint="run it again with --verbose -x to see what it is doing",
-            )
+            raise _NoAnswerError(f"{doing}: no answer in {timeout_s:.0f} s", hint=_WATCH_HINT)
 
 
 def _children(thread: int) -> set[int]:

@@ -196,7 +196,9 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
 def _plan(spec: BuildSpec, workspace: Path, problems: Sequence[Problem], options: RunOptions) -> BuildPlan:
     if not spec.elements:
         # Nothing to plan with, and the plan would only say so again.
-        raise UsageError.of(problems or [Problem("no element named", "name at least an operating system")])
+        raise UsageError.of(
+            problems or [Problem("no element named", "name at least an operating system, such as debian-minimal")]
+        )
     return make_plan(spec, workspace, problems, in_sandbox=options.isolation is Isolation.SANDBOX)
 
 

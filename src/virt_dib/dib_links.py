@@ -90,7 +90,9 @@ def _remove(directory: Path) -> int:
             try:
                 (directory / name).unlink()
             except OSError as error:
-                raise ToolError(f"removing '{directory / name}': {error.strerror}") from error
+                raise ToolError(
+                    f"removing '{directory / name}': {error.strerror}", hint="give a directory that you can write"
+                ) from error
     return 0
 
 

@@ -132,7 +132,7 @@ def requested(
     """
     names = [name for word in words for name in _BLANKS.split(word) if name]
     if not names:
-        raise UsageError("no elements given", hint="name an operating system and more, such as: debian-minimal vm")
+        raise UsageError("no element named", hint="name at least an operating system, such as debian-minimal")
     if _wants_block_device(names, rules.default_block_device):
         names.append("block-device-efi" if rules.efi_on_arm and arch in _ARM else "block-device-mbr")
     if not skip_base:

@@ -98,7 +98,8 @@ def compose(
         merge.finish()
     except OSError as error:
         raise ToolError(
-            f"copying the hooks to '{into}': {error.strerror}", hint="free some space, or use another directory"
+            f"copying the hooks to '{into}': {error.strerror}",
+            hint="set TMPDIR to a directory with more room, or make some there",
         ) from error
     if merge.problems:
         raise ElementError.of(merge.problems)

@@ -321,21 +321,25 @@ class _File:
                 return loader.get_single_node()
             finally:
                 loader.dispose()
-        except yaml.YAMLError as error:
+        except yaml.MarkedYAMLError as error:
             raise UsageError.of([self._syntax_problem(error)]) from error
+        except yaml.reader.ReaderError as error:
+            line = self._content.count("\n", 0, error.position) + 1
+            raise UsageError(
+                f"{self._path}:{line}: not YAML: a character that is not allowed",
+                hint='write it as an escape, in double quotes, such as "\\x07"',
+            ) from error
         except RecursionError as error:
             raise self._too_deep() from error
-        except _BROKEN as error:
-            raise UsageError(f"reading '{self._path}': not YAML: {error}") from error
+        except (ValueError, ArithmeticError) as error:
+            # Of an escape, or of the directive %YAML.
+            raise UsageError(
+                f"reading '{self._path}': not YAML: there is too large a number in it",
+                hint='see the escapes; the last character is "\\U0010FFFF"',
+            ) from error
 
-    def _syntax_problem(self, error: yaml.YAMLError) -> Problem:
+    def _syntax_problem(self, error: yaml.MarkedYAMLError) -> Problem:
         hint = "see the quotes and the indentation there"
-        if isinstance(error, yaml.reader.ReaderError):
-            line = self._content.count("\n", 0, error.position) + 1
-            hint = 'write it as an escape, in double quotes, such as "\\x07"'
-            return Problem(f"{self._path}:{line}: not YAML: a character that is not allowed", hint)
-        if not isinstance(error, yaml.MarkedYAMLError):
-            return Problem(f"reading '{self._path}': not YAML: {error}", hint)
         mark = error.problem_mark or error.context_mark
         at = f"{self._path}:{mark.line + 1}" if mark else f"{self._path}"
         if error.problem == "but found another document":

@@ -50,7 +50,11 @@ class JobResult:
         """
         if self.exit_status != 0:
             said = " / ".join(line for line in self.tail.splitlines()[-5:] if line.strip())
-            raise ApplianceError(f"{doing}: failed with exit status {self.exit_status}: {said}")
+            raise ApplianceError(
+                f"{doing}: failed with exit status {self.exit_status}: {said}"
+                if said
+                else f"{doing}: failed with exit status {self.exit_status}"
+            )
 
 
 class Runner(Protocol):

@@ -75,14 +75,15 @@ def _program() -> Path | None:
     return tools.find("slirp4netns") or tools.find("pasta")
 
 
+_NO_PROGRAM = Problem(
+    "neither 'slirp4netns' nor 'pasta' found, needed for a network apart from this host's",
+    "install one: apt-get install slirp4netns (or passt), or build with --no-network",
+)
+
+
 def problem() -> Problem | None:
     """What keeps namespaces on this host from a network, or None."""
-    if _program() is not None:
-        return None
-    return Problem(
-        "neither 'slirp4netns' nor 'pasta' found, one of which the network of a sandbox needs",
-        "install one: apt-get install slirp4netns (or passt), or build with --no-network",
-    )
+    return _NO_PROGRAM if _program() is None else None
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def connected(process: int) -> Iterator[None]:
     """
     program = _program()
     if program is None:
-        raise PrerequisiteError("neither 'slirp4netns' nor 'pasta' found", hint="build with --no-network")
+        raise PrerequisiteError.of([_NO_PROGRAM])
     if program.name == "pasta":
         none = [word for option in ("-t", "-u", "-T", "-U") for word in (option, "none")]
         command = [
@@ -134,7 +135,7 @@ def connected(process: int) -> Iterator[None]:
                 output.seek(0)
                 said = output.read().decode(errors="replace").strip().splitlines() or ["it does not say why"]
                 raise ApplianceError(
-                    f"making a network with '{program}': {said[-1]}", hint="or build with --no-network"
+                    f"making a network with '{program}': {said[-1]}", hint="build with --no-network, if it needs none"
                 )
             time.sleep(_POLL_S)
         yield

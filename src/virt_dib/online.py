@@ -78,9 +78,9 @@ def host_certificates(environment: Mapping[str, str]) -> Certificates | None:
         try:
             return _read(Path(named))
         except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise UsageError(
-                f"reading the CA certificates of this host, which {CERTIFICATES_VARIABLE} says are in '{named}': "
-                + (error.strerror if isinstance(error, OSError) and error.strerror else str(error)),
+                f"reading the CA certificates of this host, which {CERTIFICATES_VARIABLE} says are in '{named}': {why}",
                 hint=f"correct {CERTIFICATES_VARIABLE}, unset it, or build with --no-host-certificates",
             ) from error
     for store in _STORES:

@@ -158,7 +158,9 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
             hint="set XDG_CACHE_HOME to a directory that you can write",
         ) from error
     if not made_it:
-        raise PrerequisiteError(f"cannot make '{directory}'", hint="remove what is in its place")
+        raise PrerequisiteError(
+            f"cannot keep the appliance's files in '{directory}': something else is there", hint="remove it"
+        )
     return directory
 
 
