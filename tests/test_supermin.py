@@ -68,7 +68,7 @@ def test_something_in_the_place_of_the_directory(tmp_path: Path, library: Path) 
     made = supermin.prepare(tmp_path / "cache", [str(library)])
     made.rename(tmp_path / "aside")
     made.touch()
-    with pytest.raises(PrerequisiteError, match="cannot make"):
+    with pytest.raises(PrerequisiteError, match="cannot keep"):
         supermin.prepare(tmp_path / "cache", [str(library)])
 
 
