@@ -245,7 +245,8 @@ def test_a_script_killed_by_a_signal(element_dir: Path, output_dir: Path, tmp_pa
     ("script", "said", "advised"),
     [
         pytest.param(
-            "echo c >/proc/sysrq-trigger; sleep 600",
+            # What it has said goes with the appliance, unless that has been read.
+            "sleep 5; echo c >/proc/sysrq-trigger; sleep 600",
             "has not ended: .*: the appliance has ended",
             "kernel has crashed",
             marks=pytest.mark.appliance,
