@@ -187,11 +187,17 @@ class Outputs:
         """
         partial = self._directory / f".{name}.{_mark()}.partial"
         self._note(partial)
-        if kind == _DIRECTORY:
-            partial.mkdir()
-        else:
-            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        # Before it is there: a signal may come in between.
         self._partial.append((partial, self._directory / name, kind))
+        try:
+            if kind == _DIRECTORY:
+                partial.mkdir()
+            else:
+                os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+        except OSError:
+            # What is there then is somebody else's.
+            self._partial.pop()
+            raise
         return partial
 
     def _note(self, partial: Path) -> None:
