@@ -249,7 +249,7 @@ def test_what_a_build_leaves_that_is_killed_while_it_writes_goes_at_the_next_sta
 
 def wait_for_file(directory: Path, pattern: str) -> None:
     """Wait until there is a file whose name fits *pattern*."""
-    for _ in range(300):
+    for _ in range(1200):
         if list(directory.glob(pattern)):
             return
         signal.sigtimedwait([], 0.1)
