@@ -62,11 +62,11 @@ test-unit: $(READY) ## tests that start no virtual machine
 
 .PHONY: test-appliance
 test-appliance: $(READY) ## tests that start virtual machines
-	$(BIN)/pytest -m appliance
+	$(BIN)/pytest -m "appliance and not full"
 
 .PHONY: test-sandbox
 test-sandbox: $(READY) ## tests of the sandbox alone
-	$(BIN)/pytest -m sandbox
+	$(BIN)/pytest -m "sandbox and not full"
 
 .PHONY: test-debian
 test-debian: $(READY) ## full Debian builds, each booted; long

@@ -282,7 +282,7 @@ def test_interrupting_ends_what_writes_the_files(
 def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
     element_dir: Path, output_dir: Path, tmp_path: Path, isolation: str, phase: Phase, number: signal.Signals
 ) -> None:
-    files = {f"{phase.directory}/60-slow": "#!/bin/bash\necho waiting\nsleep 600\n"}
+    files = {f"{phase.directory}/70-slower": "#!/bin/bash\necho waiting\nsleep 600\n"}
     command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\n")
     make_element(tmp_path / "elements", "slower", files)
     left = []
