@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import MakeAppliance
-from helpers import processes_of
+from helpers import make_element, processes_of, virt_dib
 from virt_dib import appliance as appliance_module
-from virt_dib import plan, staging, supermin
+from virt_dib import plan, staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import Event, Splitter
 from virt_dib.supermin import cache_dir
+from virt_dib.terminal_link import LINK, Terminal
 
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 TOKEN = b"0123456789abcdef"
@@ -261,3 +262,93 @@ def test_nothing_is_left_of_a_supermin_that_is_killed(tmp_path: Path, monkeypatc
     supermin.build(directory, disks)
     assert not unfinished.exists()
     assert {path.name for path in directory.glob("built*")} == {"built"}
+
+
+# ---- what fails in it ----
+
+
+@pytest.mark.appliance
+def test_files_that_cannot_be_read_or_written_are_errors(appliance: Appliance) -> None:
+    with pytest.raises(ApplianceError, match=r"^reading '/dib/none' in the appliance: .*No such file") as caught:
+        appliance.read("/dib/none")
+    assert caught.value.problems[0].hint
+    with pytest.raises(ApplianceError, match=r"^writing '/dib/none/x' in the appliance: .*No such file"):
+        appliance.write("/dib/none/x", b"")
+    assert bash(appliance, "echo it lives") == (0, "it lives\n")
+
+
+@pytest.mark.appliance
+def test_an_appliance_without_a_place_for_shells(appliance: Appliance) -> None:
+    with pytest.raises(ApplianceError, match=r"^opening a shell in the appliance: No such file or directory$"):
+        appliance.shell(["/bin/bash"], PATH, "/", terminal=Terminal())
+    result = appliance.run([*LINK, "org.none", "true"], PATH, "/")
+    assert (result.exit_status, result.tail) == (1, "there is no virtio port org.none\n")
+
+
+@pytest.mark.appliance
+def test_a_tree_that_did_not_get_into_the_image(appliance: Appliance) -> None:
+    status, said = bash(appliance, "mkdir /tmp/empty; /dib/guest/tree.sh take_over /dib/none /tmp/empty")
+    assert (status, said) == (1, "the root file system is empty\n")
+
+
+@pytest.mark.appliance
+def test_a_drive_that_is_full_or_not_let_go_of(tmp_path: Path) -> None:
+    content = staging.Staging(tmp_path / "staging")
+    content.add_guest_scripts()
+    content.make_disk(tmp_path / "build.img")
+    drive, log = tmp_path / "drive.img", tmp_path / "log"
+    for path, size_bytes in ((drive, 100 << 20), (log, 200 << 20)):
+        path.touch()
+        os.truncate(path, size_bytes)
+    tools.run(["mkfs.ext4", "-q", drive], doing="making a drive")
+    told: list[str] = []
+    settings = Settings(
+        disks=[Disk(path=tmp_path / "build.img", label="build")],
+        drive=Disk(path=drive, label="drive"),
+        cache_dir=cache_dir(),
+        memory_mib=plan.DEFAULT_MEMORY_MIB,
+        cpus=2,
+        network=False,
+        accelerate=False,
+        on_message=told.append,
+    )
+    with open_appliance(settings) as appliance:
+        appliance.prepare()
+        with pytest.raises(ApplianceError, match=r"^writing the log to the helper drive: no space left on it$"):
+            appliance.keep_log(log)
+        # A program that keeps it busy, and nothing to freeze it with.
+        bash(appliance, "mount --bind /bin/false $(type -P fsfreeze); cd /dib/home; sleep 600 >/dev/null 2>&1 &")
+        bash(appliance, "truncate -s 1G /dib/out/large")
+        with pytest.raises(ApplianceError, match=r"^copying '/dib/out' out of the appliance: it holds more than 5 b"):
+            appliance.archive("/dib/out", tmp_path / "out.tar", limit_bytes=5)
+        appliance.stop()
+    (message,) = told
+    assert message.startswith("unmounting the helper drive: ")
+    assert message.endswith("; check it before it is used again")
+
+
+@pytest.mark.appliance
+def test_an_appliance_that_stands_still_while_it_is_prepared_is_killed(make_appliance: MakeAppliance) -> None:
+    with make_appliance() as doomed:
+        with pytest.raises(ApplianceError, match=r"^preparing the appliance: it stood still$") as caught:
+            doomed.run(["/bin/sleep", "600"], PATH, "/", limit_s=1)
+        with pytest.raises(ApplianceError):
+            doomed.read("/dib/build/x")
+    assert "--verbose -x" in (caught.value.problems[0].hint or "")
+
+
+@pytest.mark.appliance
+def test_a_log_that_does_not_fit_on_the_drive_is_told_and_the_error_is_the_scripts(
+    element_dir: Path, tmp_path: Path
+) -> None:
+    drive = tmp_path / "drive.img"
+    drive.touch()
+    os.truncate(drive, 80 << 20)
+    tools.run(["mkfs.ext4", "-q", "-m", "0", drive], doing="making a drive")
+    make_element(tmp_path / "elements", "talks", {"root.d/60-talks": "#!/bin/bash\nyes | head -c 90000000\nexit 7\n"})
+    paths: list[str | Path] = ["-p", element_dir, "-p", tmp_path / "elements"]
+    arguments = ["--isolation", "vm", "--name", "x", "--drive", drive, "--quiet", "--skip-base", *paths]
+    run = virt_dib([*arguments, "tiny-os", "talks"], cwd=tmp_path)
+    assert run.exit_status == 1
+    assert "warning: writing the log to the helper drive: no space left on it\n" in run.stdout
+    assert "virt-dib: error: root.d/60-talks of element 'talks' failed with exit status 7 after " in run.stderr

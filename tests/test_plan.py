@@ -235,3 +235,14 @@ def test_the_build_takes_no_more_processors_than_eight(place: Path) -> None:
     made = planned(place)
     assert 1 <= made.cpus <= 8
     assert made.memory_mib == plan.DEFAULT_MEMORY_MIB
+
+
+def test_two_places_for_one_cache(place: Path) -> None:
+    (problem,) = refused(place, image_cache=place / "cache", variables={"DIB_IMAGE_CACHE": "/x"}).problems
+    assert problem.message == "cannot use both --image-cache and the variable DIB_IMAGE_CACHE"
+
+
+def test_a_python_script_that_nothing_can_be_said_about_is_left_to_the_guest(place: Path) -> None:
+    deep = "#!/usr/bin/env python3\n" + "-" * 200_000 + "1\n"
+    make_element(place / "elements", "deep", {"root.d/50-deep": deep})
+    assert planned(place, elements=("one", "deep")).hooks.owners["root.d/50-deep"] == "deep"

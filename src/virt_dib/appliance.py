@@ -59,10 +59,11 @@ LONGEST_SOCKET_PATH_BYTES = 107
 _DRIVE_SCRIPT = ("/bin/bash", "/sysroot/guest/drive.sh")
 _DRIVE_POINT = "/sysroot/drive"
 _DRIVE_TIMEOUT_S = 30.0
+_NO_FILE_SYSTEM, _DAMAGED, _FULL = 3, 4, 5
 _DRIVE_HINTS = {
-    3: "make a file system on it: mkfs.ext4 FILE for a raw image, or see docs/caches.md",
-    4: "check it: e2fsck -f FILE or xfs_repair FILE for a raw image without partitions; or make a new drive",
-    5: "remove files in it, or make a larger drive; 10G or more are recommended",
+    _NO_FILE_SYSTEM: "make a file system on it: mkfs.ext4 FILE for a raw image, or see docs/caches.md",
+    _DAMAGED: "check it: e2fsck -f FILE or xfs_repair FILE for a raw image without partitions; or make a new drive",
+    _FULL: "remove files in it, or make a larger drive; 10G or more are recommended",
 }
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; --verbose -x shows what the appliance says"
@@ -325,8 +326,12 @@ class Appliance:
             ApplianceError: there is no space on it, or it is read-only since something is wrong with it.
         """
         if self._drive_is_open:
-            name = time.strftime("/drive/virt-dib-%Y%m%d-%H%M%S.log")
-            self._call("writing the log to the helper drive", self._handle.upload, str(log), name)
+            doing = "writing the log to the helper drive"
+            space = self._call(doing, self._handle.statvfs, "/drive")
+            if space["bavail"] * space["frsize"] < log.stat().st_size:
+                # What libguestfs says of it when it tries is "write error".
+                raise ApplianceError(f"{doing}: no space left on it", hint=_DRIVE_HINTS[_FULL])
+            self._call(doing, self._handle.upload, str(log), time.strftime("/drive/virt-dib-%Y%m%d-%H%M%S.log"))
 
     # ---- work ----
 

@@ -13,7 +13,7 @@ from virt_dib.dib import DibInstallation
 from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, DibCommand
 from virt_dib.dib_output import DibOutput
 from virt_dib.dib_words import Words
-from virt_dib.errors import Interrupted, ScriptError, ToolError, UsageError, VirtDibError
+from virt_dib.errors import Interrupted, ScriptError, ToolError, VirtDibError
 from virt_dib.interrupts import interrupts
 from virt_dib.plain_text import write_out
 from virt_dib.releases import Rules
@@ -57,7 +57,7 @@ def _run(command: DibCommand, prog: str, words: Words) -> int:
         if command.problems or not command.spec.elements:
             # All that is wrong, without a word of a build that will not be.
             api.plan_image(command.spec, problems=command.problems)
-            raise UsageError.of(command.problems)
+            raise AssertionError
         return _build(command, installation, words)
     except VirtDibError as error:
         # diskimage-builder has no other status for what is not a script's.

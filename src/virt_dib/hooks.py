@@ -162,11 +162,8 @@ class _Merge:
     def finish(self) -> None:
         """Give directories their modes and times, which copying into them would change."""
         for source, target in self._copied_dirs:
-            try:
-                # Or the user could not remove the copy of a read-only directory.
-                _copy_attributes(source.lstat(), target, also=stat.S_IRWXU)
-            except OSError as error:
-                self._cannot_copy(source, error)
+            # Or the user could not remove the copy of a read-only directory.
+            _copy_attributes(source.lstat(), target, also=stat.S_IRWXU)
 
     def _add_hook_directory(self, element: Element, directory: Path) -> None:
         # It is made anew, not copied: so it may be a link in the element.

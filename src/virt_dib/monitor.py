@@ -226,7 +226,7 @@ class BuildMonitor:
             self._script, self._script_number = "", 0
             if not scripts:
                 self._write_line(title)
-            self._begin_output()
+            self.begin_output()
             self._teller.tell(
                 events.PhaseStarted(
                     title=title,
@@ -248,7 +248,7 @@ class BuildMonitor:
         with self._teller.lock:
             self._script, self._script_number = name, self._script_number + 1
             self._write_line(f"{self._phase}/{name}")
-            self._begin_output()
+            self.begin_output()
             self._teller.tell(
                 events.ScriptStarted(
                     phase=self._phase,
@@ -259,6 +259,12 @@ class BuildMonitor:
                     log_line=self._line_number,
                 )
             )
+
+    def begin_output(self) -> None:
+        """Take that what comes from now on is another's."""
+        with self._teller.lock:
+            self._tail = b""
+            self._line_number = (self._log.newlines if self._log is not None else 0) + 1
 
     def output(self, data: bytes) -> None:
         """Take some of what the script or step prints, cut anywhere; it is logged as it is.
@@ -319,10 +325,6 @@ class BuildMonitor:
     def _write_line(self, text: str) -> None:
         if self._log is not None:
             self._log.write_line(_with_time(self.elapsed_s, self._mask(text)))
-
-    def _begin_output(self) -> None:
-        self._tail = b""
-        self._line_number = (self._log.newlines if self._log is not None else 0) + 1
 
     def _failed(self, error: BaseException) -> None:
         if isinstance(error, VirtDibError):

@@ -307,9 +307,10 @@ class Inside:
         """Tell it something."""
         try:
             socket.send_fds(self.socket, [message], descriptors)
-        except OSError:
-            self.receive()
-            raise
+        except ConnectionError:
+            # What it has said before it went ends with why.
+            while True:
+                self.receive()
 
     # ---- jobs ----
 

@@ -99,6 +99,7 @@ class Phases:
                 also(data)
 
         begun = time.monotonic()
+        self.monitor.begin_output()
         with limited(scripts.limit), scripts.naming():
             result = place.run(
                 command,
@@ -232,6 +233,8 @@ class _PhaseScripts:
         Raises:
             ScriptError: naming the script that failed, or environment.d.
         """
+        # A phase that is told only now has said already why it could not be run.
+        said, where = self._monitor.tail(LAST_LINES), _where(self._monitor)
         if not self._listed:
             self._monitor.phase_started(self._phase.directory, ())
         if exit_status == 0:
@@ -240,8 +243,8 @@ class _PhaseScripts:
         if failed is None:
             raise ScriptError(
                 f"{self._phase.directory}: its scripts could not be run, exit status {exit_status}",
-                hint=f"a file in environment.d may be at fault; {_where(self._monitor)}",
-                details=self._monitor.tail(LAST_LINES),
+                hint=f"a file in environment.d may be at fault; {where}",
+                details=said,
             )
         name = f"{self._phase.directory}/{failed.name}{_of(failed.element)}"
         how = f"exit status {failed.exit_status}"

@@ -53,7 +53,7 @@ class Terminal:
     def missing(self) -> str | None:
         """Why there is none, if there is none."""
         names = (("standard input", self.reader), ("standard output", self._writer))
-        absent = [name for name, descriptor in names if not _is_terminal(descriptor)]
+        absent = [name for name, descriptor in names if not os.isatty(descriptor)]
         if not absent:
             return None
         return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} none"
@@ -154,13 +154,6 @@ class Terminal:
 
     def _line_end(self) -> bytes:
         return b"" if self._at_line_start else b"\r\n"
-
-
-def _is_terminal(descriptor: int) -> bool:
-    try:
-        return os.isatty(descriptor)
-    except OSError:
-        return False
 
 
 def terminal_name(environ: Mapping[str, str] = os.environ) -> str:
