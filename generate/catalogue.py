@@ -57,7 +57,7 @@ _ARGUMENTS: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 }
 _ERROR = ((0,), ("hint",))
 _NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
-_RETURNING = re.compile(r"_line|.*hint.*|install|_failure|_watch|_judge")
+_RETURNING = re.compile(r"_line|.*hint.*|install|_failure|_refusal|_watch|_judge")
 """Functions that return messages."""
 _CONSTANTS = re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)|OK|LACKING|SLOW|LOW")
 """Constants that are or hold messages."""
