@@ -7,15 +7,22 @@ not here again.
 
 from __future__ import annotations
 
+import json
+import os
 import tarfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from test_drive import ext4_drive, patch, refusal
+from test_formats import DISK_FORMATS, asking
 from test_staging import archive_of, member
-from virt_dib.errors import ApplianceError
+from virt_dib import drive, formats, tools
+from virt_dib.boot import boot_test
+from virt_dib.disk_images import HEAD_BYTES, format_by
+from virt_dib.errors import ApplianceError, ElementError, UsageError
 from virt_dib.staging import copy_out
 
 MIB = 1 << 20
@@ -86,8 +93,7 @@ def header_for_all() -> Iterator[bytes | int]:
         pytest.param(header_for_all, id="a header for all"),
     ],
 )
-def test_no_header_makes_the_reader_large(tmp_path: Path, pieces: object) -> None:
-    assert callable(pieces)
+def test_no_header_makes_the_reader_large(tmp_path: Path, pieces: Callable[[], Iterator[bytes | int]]) -> None:
     with (tmp_path / "out.tar").open("wb") as stream:
         for piece in pieces():
             if isinstance(piece, int):
@@ -118,3 +124,158 @@ def test_members_are_forgotten_when_they_are_written(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 4 * MIB
     finally:
         tracemalloc.stop()
+
+
+# ---- disks that look like other images ----
+
+DISK_BYTES = 80 * MIB
+
+
+def qemu_img(*words: str | Path) -> str:
+    return tools.run(["qemu-img", *words], doing="running qemu-img").stdout
+
+
+def vmdk_text(secret: Path, before: str = "# Disk DescriptorFile\n") -> bytes:
+    size = secret.stat().st_size // 512
+    return (
+        f'{before}version=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+        f'RW {size} FLAT "{secret}" 0\nddb.adapterType = "ide"\nddb.geometry.cylinders = "1"\n'
+        'ddb.geometry.heads = "1"\nddb.geometry.sectors = "1"\n'
+    ).encode()
+
+
+def image_head(tmp_path: Path, image_format: str, *options: str | Path) -> bytes:
+    """The beginning of an image that qemu-img makes."""
+    path = tmp_path / f"made.{image_format}"
+    qemu_img("create", "-q", "-f", image_format, *options, path, *([] if "-b" in options else ["64M"]))
+    return path.read_bytes()[: 2 * MIB]
+
+
+Head = Callable[[Path, Path], bytes]
+HEADS: dict[str, Head] = {
+    "a qcow2 with a backing file": lambda place, secret: image_head(place, "qcow2", "-b", secret, "-F", "raw"),
+    "a qcow2 with a data file": lambda place, _: image_head(place, "qcow2", "-o", f"data_file={place}/data"),
+    "a qcow2 that stands alone": lambda place, _: image_head(place, "qcow2"),
+    "a vmdk of another file": lambda _, secret: vmdk_text(secret),
+    "a vmdk without a comment": lambda _, secret: vmdk_text(secret, ""),
+    "a vmdk with another comment": lambda _, secret: vmdk_text(secret, "# x\n  \n#y\n"),
+    "a vmdk in binary": lambda place, _: image_head(place, "vmdk"),
+    "a qed with a backing file": lambda place, secret: image_head(place, "qed", "-b", secret, "-F", "raw"),
+    "a vdi": lambda place, _: image_head(place, "vdi"),
+    "a vhdx": lambda place, _: image_head(place, "vhdx"),
+    "a vhd": lambda place, _: image_head(place, "vpc"),
+    "a parallels": lambda place, _: image_head(place, "parallels"),
+}
+heads = pytest.mark.parametrize("head", HEADS)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_bytes(b"secret!!" * (MIB // 8))
+    return path
+
+
+def disk_with(path: Path, head: bytes, size_bytes: int = DISK_BYTES) -> Path:
+    path.write_bytes(head + b"mark" * 1024)
+    os.truncate(path, size_bytes)
+    return path
+
+
+def guessed(disk: Path) -> str | None:
+    """What qemu-img takes *disk* for, if it is not told; None: it does not take it."""
+    result = tools.run(["qemu-img", "info", "--output=json", disk], doing="letting qemu-img guess", check=False)
+    return str(json.loads(result.stdout)["format"]) if result.exit_status == 0 else None
+
+
+@heads
+def test_no_disk_is_written_that_a_reader_of_raw_images_would_take_for_another(
+    head: str, tmp_path: Path, secret: Path
+) -> None:
+    disk = disk_with(tmp_path / "disk", HEADS[head](tmp_path, secret))
+    # What this is about: who lets qemu-img guess gets something else.
+    assert guessed(disk) != "raw"
+    for name in DISK_FORMATS:
+        (output,) = formats.select([name])
+        target = tmp_path / f"x.{name}"
+        with pytest.raises(ElementError, match="the elements have made a disk that begins like a "):
+            formats.write(asking(), formats.Sources(disk=disk, archive=None), {name: (target, output)}, tmp_path)
+        assert not target.exists()
+
+
+@pytest.mark.parametrize("name", DISK_FORMATS)
+def test_a_disk_is_a_disk_whatever_it_begins_like(name: str, tmp_path: Path) -> None:
+    """Like LUKS, the one other kind that may be, of which qemu-img would want the key."""
+    disk = disk_with(tmp_path / "disk", b"LUKS\xba\xbe\0\1", 4 * MIB)
+    assert guessed(disk) != "raw"
+    (output,) = formats.select([name])
+    assert isinstance(output, formats.DiskFormat)
+    target = tmp_path / f"x.{name}"
+    formats.write(asking(), formats.Sources(disk=disk, archive=None), {name: (target, output)}, tmp_path)
+    assert formats.virtual_size_bytes(target, output) == 4 * MIB
+    back = tmp_path / "back"
+    qemu_img("convert", "-f", output.qemu_name, "-O", "raw", target, back)
+    assert back.read_bytes() == disk.read_bytes()
+
+
+@heads
+def test_a_raw_drive_stays_one_whatever_elements_write_into_it(head: str, tmp_path: Path, secret: Path) -> None:
+    path = ext4_drive(tmp_path / "drive")
+    try:
+        os.setxattr(path, "user.virt-dib", b"")
+    except OSError:
+        pytest.skip("no attributes of users here")
+    with drive.held(drive.inspect(path, None)):
+        pass
+    data = HEADS[head](tmp_path, secret)
+    patch(path, 0, data)
+    with pytest.raises(UsageError) as caught:
+        drive.inspect(path, None)
+    (problem,) = caught.value.problems
+    assert f"it was raw when a build used it last, and looks like {format_by(data[:HEAD_BYTES])} now" in problem.message
+    # To convert it would be to read what it names.
+    assert problem.hint
+    assert "convert" not in problem.hint
+    assert drive.inspect(path, "raw") == drive.Drive(path, "raw")
+
+
+@heads
+def test_a_drive_of_which_nothing_is_known_is_not_to_be_converted_unseen(
+    head: str, tmp_path: Path, secret: Path
+) -> None:
+    path = disk_with(tmp_path / "drive", HEADS[head](tmp_path, secret))
+    if head == "a qcow2 that stands alone":
+        return
+    with pytest.raises(UsageError) as caught:
+        drive.inspect(path, None)
+    (problem,) = caught.value.problems
+    assert problem.hint
+    assert "convert" not in problem.hint or "trust" in problem.hint
+    assert drive.inspect(path, "raw") == drive.Drive(path, "raw")
+
+
+@pytest.mark.parametrize(
+    "backing",
+    [
+        "/etc/shadow",
+        '{json}:{{"driver":"raw","file":{{"driver":"file","filename":"{secret}"}}}}',
+        '{json}:{{"driver":"qcow2","file":{{"driver":"file","filename":"{chain}"}}}}',
+        "nbd://localhost:1/x",
+        "fat:rw:/etc",
+        "{chain}",
+        "host_device:/dev/vda",
+        "a",
+    ],
+)
+def test_a_drive_may_not_lead_elsewhere_however_that_is_said(backing: str, tmp_path: Path, secret: Path) -> None:
+    chain = tmp_path / "chain.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", chain)
+    path = tmp_path / "drive"
+    name = backing.format(json="json", secret=secret, chain=chain)
+    qemu_img(
+        "create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "qcow2" if "chain" in backing else "raw", path, "80M"
+    )
+    for wanted in (None, "qcow2"):
+        assert refusal(path, wanted) == "it has a backing file"
+        with pytest.raises(UsageError, match="not complete without a backing file"):
+            boot_test(path, image_format=wanted, accelerate=False)
