@@ -7,8 +7,12 @@ not here again.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
+import resource
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -17,12 +21,12 @@ from pathlib import Path
 import pytest
 
 from test_drive import ext4_drive, patch, refusal
-from test_formats import DISK_FORMATS, asking
+from test_formats import DISK_FORMATS, asking, make_squashfs
 from test_staging import archive_of, member
-from virt_dib import drive, formats, tools
+from virt_dib import drive, formats, layout, tools
 from virt_dib.boot import boot_test
 from virt_dib.disk_images import HEAD_BYTES, format_by
-from virt_dib.errors import ApplianceError, ElementError, UsageError
+from virt_dib.errors import ApplianceError, ElementError, ToolError, UsageError
 from virt_dib.staging import copy_out
 
 MIB = 1 << 20
@@ -43,7 +47,7 @@ def padded(data: bytes) -> bytes:
 
 def record(key: str, value: str) -> bytes:
     """One line of a pax header."""
-    rest = f" {key}={value}\n".encode()
+    rest = f" {key}={value}\n".encode("utf-8", "surrogatepass")
     length = len(rest)
     while len(str(length)) + len(rest) != length:
         length = len(str(length)) + len(rest)
@@ -279,3 +283,97 @@ def test_a_drive_may_not_lead_elsewhere_however_that_is_said(backing: str, tmp_p
         assert refusal(path, wanted) == "it has a backing file"
         with pytest.raises(UsageError, match="not complete without a backing file"):
             boot_test(path, image_format=wanted, accelerate=False)
+
+
+# ---- archives of a tree ----
+
+
+def tree_archive(path: Path, *pieces: bytes | int) -> Path:
+    """One with its top directory, and then *pieces*; a number stands for so many NULs, which take no space."""
+    top = tarfile.TarInfo("./")
+    top.type, top.mode = tarfile.DIRTYPE, 0o755
+    with path.open("wb") as stream:
+        stream.write(top.tobuf(tarfile.GNU_FORMAT))
+        for piece in (*pieces, bytes(2 * tarfile.BLOCKSIZE)):
+            if isinstance(piece, int):
+                stream.truncate(stream.tell() + piece)
+                stream.seek(0, 2)
+            else:
+                stream.write(piece)
+    return path
+
+
+def with_pax(said: bytes, name: str = "a", kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
+    info = tarfile.TarInfo(f"./{name}")
+    info.type, info.linkname = kind, link
+    return header(tarfile.XHDTYPE, len(said)) + padded(said) + info.tobuf(tarfile.GNU_FORMAT)
+
+
+HEADER_BYTES = 2 << 30
+LONG_HEADER: list[bytes | int] = [header(tarfile.XHDTYPE, HEADER_BYTES), HEADER_BYTES]
+TREES: dict[str, list[bytes | int]] = {
+    "a long header": LONG_HEADER,
+    "a header for all": [header(tarfile.XGLTYPE, 512), padded(record("a", "b")), header(tarfile.DIRTYPE, 0)],
+    "many headers": [header(tarfile.XHDTYPE, 512) + padded(record("a", "b"))] * 3000,
+    "no date": [with_pax(record("mtime", "nan"))],
+    "a number that is none": [with_pax(record("uid", "x") + record("size", "-5"))],
+    "a piece too many": [with_pax(record("GNU.sparse.map", "1,2,3"))],
+    "an unknown character set": [with_pax(record("hdrcharset", "BINARY") + record("path", "\ud800"))],
+    "a file as a directory": [with_pax(b"", "a"), with_pax(b"", "a/b")],
+    "a link to nothing": [with_pax(b"", "a", tarfile.LNKTYPE, "absent")],
+    "a link to itself": [with_pax(b"", "a", tarfile.LNKTYPE, "a")],
+    "a name with a NUL": [with_pax(record("path", "./a\0b"))],
+    "a type of its own": [with_pax(b"", "a", b"?")],
+}  # fmt: skip
+HURTS_NOBODY = {
+    "a piece too many",
+    "an unknown character set",
+    "a name with a NUL",
+    "a type of its own",
+}
+"""Where there is something to be made of it, that may be."""
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_a_hostile_archive_of_a_tree_is_one_error(kind: str, tmp_path: Path) -> None:
+    path = tree_archive(tmp_path / "tar", *TREES[kind])
+    if kind in HURTS_NOBODY:
+        make_squashfs(path)
+    else:
+        with pytest.raises(ToolError, match=r"^writing 'x\.squashfs': 'bwrap' failed with exit status 1: ") as caught:
+            make_squashfs(path)
+        assert not re.search("Traceback|File |Error: ", str(caught.value))
+
+
+def test_other_formats_of_a_tree_take_any_bytes_as_they_are(tmp_path: Path) -> None:
+    path = tree_archive(tmp_path / "tar", *TREES["a link to nothing"], b"\xff" * 100_000)
+    names = ("tar", "tgz", "oci")
+    targets = {name: (tmp_path / f"x.{name}", formats.select([name])[0]) for name in names}
+    formats.write(asking(), formats.Sources(disk=path, archive=path), targets, tmp_path)
+    assert (tmp_path / "x.tar").read_bytes() == path.read_bytes()
+    assert gzip.decompress((tmp_path / "x.tgz").read_bytes()) == path.read_bytes()
+    with tarfile.open(tmp_path / "x.oci") as made:
+        assert all(re.fullmatch(r"oci-layout|index\.json|blobs/sha256/[0-9a-f]{64}", name) for name in made.getnames())
+
+
+def read_by(script: str, archive: Path, *arguments: Path) -> tools.Result:
+    """What a program of ours that reads archives says, in the directory of *archive*."""
+    text = 'cd "$1" && shift && "$@" || echo "status $?"'
+    python: list[str | Path] = [sys.executable, "-I", "-S", layout.guest_script(script)]
+    command = ["sh", "-c", text, "sh", archive.parent, *python, *arguments]
+    return tools.run_together({"x": tools.Command(words=command, stdin=archive)})["x"]
+
+
+def test_what_is_gone_from_a_tree_is_found(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    path = tree_archive(tmp_path / "tar", with_pax(b"", "gone"), with_pax(b"", "there"), with_pax(b"", "x\n"))
+    assert read_by("host-removed.py", path).stdout == "./gone\0./x\n\0"
+
+
+@pytest.mark.parametrize("script", ["host-removed.py", "make-squashfs.py"])
+def test_no_header_in_a_tree_takes_the_memory_of_the_host(script: str, tmp_path: Path) -> None:
+    path = tree_archive(tmp_path / "tar", *LONG_HEADER)
+    before_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert read_by(script, path, tmp_path / "out").stdout == "status 1\n"
+    after_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert after_kib < max(before_kib + 1, HEADER_BYTES >> 10)
