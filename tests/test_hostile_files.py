@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import stat
 import sys
 import tarfile
 import tracemalloc
@@ -20,13 +21,16 @@ from pathlib import Path
 
 import pytest
 
+from helpers import skip_without
 from test_drive import ext4_drive, patch, refusal
 from test_formats import DISK_FORMATS, asking, make_squashfs
+from test_sandbox import staged
 from test_staging import archive_of, member
 from virt_dib import drive, formats, layout, tools
 from virt_dib.boot import boot_test
 from virt_dib.disk_images import HEAD_BYTES, format_by
 from virt_dib.errors import ApplianceError, ElementError, ToolError, UsageError
+from virt_dib.sandbox import Sandbox, Settings, open_sandbox
 from virt_dib.staging import copy_out
 
 MIB = 1 << 20
@@ -377,3 +381,102 @@ def test_no_header_in_a_tree_takes_the_memory_of_the_host(script: str, tmp_path:
     assert read_by(script, path, tmp_path / "out").stdout == "status 1\n"
     after_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert after_kib < max(before_kib + 1, HEADER_BYTES >> 10)
+
+
+# ---- what a guest leaves, from a sandbox to the user's directory ----
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    skip_without("sandbox")
+    directory = staged(tmp_path_factory.mktemp("box"))
+    with open_sandbox(Settings(directory=directory, network=False)) as running:
+        yield running
+
+
+def leave(box: Sandbox, text: str) -> None:
+    """Have an element run *text* in its working directory, which was empty."""
+    script = f"rm -rf /dib/out && mkdir /dib/out && cd /dib/out || exit\n{text}"
+    result = box.run(["/bin/bash", "-c", script], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, "/")
+    assert result.exit_status == 0, result.tail
+
+
+ODD_NAMES = [
+    b"latin-\xe9", "utf-8-\u65e5\u672c".encode(), "\U0001f4a9".encode(), b"\xff\xfe", b"two\nlines",
+    b"\x1b]52;c;eA==\x07", b"-rf", b"--", b"$(touch x)", b"`id`", b"a'b\"c", b"*", b"%s%n", b"blank ", b" blank",
+    b"\t", b"...", b".hidden", b"x" * 255, "\u202egpj.exe".encode(), b"~", b"a\\b", b"\x7f", b"CON", b"a:b", b"NAME.d",
+]  # fmt: skip
+
+
+@pytest.mark.sandbox
+def test_files_of_any_name_and_kind_become_plain_files_of_the_users(box: Sandbox, tmp_path: Path) -> None:
+    octal = ["".join(f"\\{byte:03o}" for byte in name) for name in ODD_NAMES]
+    leave(
+        box,
+        f"""
+        for name in {" ".join(f"$'{name}'" for name in octal)}; do echo text >"./$name"; done
+        ln -s /etc/passwd link-to-file; ln -s / link-to-all; ln -s ../../.. link-up; ln -s loop loop; ln -s '' n || :
+        echo linked >original; ln original another; ln -s original soft; ln soft soft-another
+        mkfifo fifo; python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("socket")'
+        mknod device c 1 3; mknod disk b 8 0
+        echo setuid >setuid; chmod 6755 setuid; mkdir -m 7777 sticky; echo x >sticky/x
+        echo closed >closed; chmod 0 closed; mkdir dark; echo dark >dark/x; chmod 0 dark
+        setfattr -n user.x -v y closed 2>/dev/null; setcap cap_sys_admin+ep setuid 2>/dev/null
+        d=deep; for n in $(seq 100); do d=$d/d; done; mkdir -p $d; echo deep >$d/x
+        touch -d 1901-01-01 original; truncate -s 10M holes
+        """,
+    )
+    box.archive("/dib/out", tmp_path / "out.tar", limit_bytes=1 << 30)
+    target = tmp_path / "target"
+    target.mkdir()
+    copied = copy_out(tmp_path / "out.tar", target, limit_bytes=1 << 30)
+    links = {"link-to-file", "link-to-all", "link-up", "loop", "soft", "soft-another", "fifo"}
+    assert {name.removeprefix("./") for name in copied.left_out} == links
+    made = {os.fsencode(path.relative_to(target)): path for path in target.rglob("*")}
+    assert set(ODD_NAMES) <= set(made)
+    assert b"deep" + b"/d" * 100 + b"/x" in made
+    assert made[b"another"].read_text() == "linked\n"
+    # The nodes are none in the sandbox either, and a socket is nothing to tar.
+    assert (made[b"device"].read_bytes(), made[b"disk"].read_bytes(), b"socket" in made) == (b"", b"", False)
+    for path in made.values():
+        state = path.lstat()
+        assert stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)
+        assert state.st_uid == os.geteuid()
+        assert state.st_mode & 0o7000 == 0
+        assert state.st_mode & (0o700 if stat.S_ISDIR(state.st_mode) else 0o600) >= 0o600
+        assert state.st_nlink == 1 or stat.S_ISDIR(state.st_mode)
+        assert os.listxattr(path) == []
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    "text",
+    ["truncate -s 15T huge", "truncate -s 600K 1; truncate -s 600K 2", "head -c 2M /dev/urandom >a; ln a b"],
+)
+def test_what_is_larger_than_it_may_be_is_not_copied(box: Sandbox, tmp_path: Path, text: str) -> None:
+    """A file of terabytes takes no space in the guest."""
+    leave(box, text)
+    with pytest.raises(ApplianceError, match=f"copying '/dib/out' out of the sandbox: it holds more than {MIB} bytes"):
+        box.archive("/dib/out", tmp_path / "out.tar", limit_bytes=MIB)
+    assert (tmp_path / "out.tar").stat().st_size <= MIB
+
+
+@pytest.mark.sandbox
+def test_a_sandbox_whose_programs_are_the_guests_gives_what_is_an_error(box: Sandbox, tmp_path: Path) -> None:
+    """Root in it can put another program in the place of tar, which then has the file on the host."""
+    evil = r"""#!/bin/bash
+        printf 'not an archive' >/proc/self/fd/0; truncate -s 1T /proc/self/fd/0; exit 0"""
+    leave(box, f"cat >/run/tar <<'END'\n{evil}\nEND\nchmod 755 /run/tar; mount --bind /run/tar /usr/bin/tar")
+    target = tmp_path / "target"
+    target.mkdir()
+
+    def copy() -> None:
+        box.archive("/dib/out", tmp_path / "out.tar", limit_bytes=MIB)
+        copy_out(tmp_path / "out.tar", target, limit_bytes=MIB)
+
+    try:
+        with pytest.raises(ApplianceError, match=r"it holds more than|the archive that the guest left is damaged"):
+            copy()
+        assert (tmp_path / "out.tar").stat().st_size <= MIB
+    finally:
+        leave(box, "umount /usr/bin/tar")
