@@ -30,8 +30,9 @@ from virt_dib import drive, formats, layout, tools
 from virt_dib.boot import boot_test
 from virt_dib.disk_images import HEAD_BYTES, format_by
 from virt_dib.errors import ApplianceError, ElementError, ToolError, UsageError
+from virt_dib.image_cache import ImageCache
 from virt_dib.sandbox import Sandbox, Settings, open_sandbox
-from virt_dib.staging import copy_out
+from virt_dib.staging import Staging, copy_out, remove_tree
 
 MIB = 1 << 20
 
@@ -381,6 +382,49 @@ def test_no_header_in_a_tree_takes_the_memory_of_the_host(script: str, tmp_path:
     assert read_by(script, path, tmp_path / "out").stdout == "status 1\n"
     after_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert after_kib < max(before_kib + 1, HEADER_BYTES >> 10)
+
+
+# ---- names that mke2fs cannot take ----
+
+
+def nested(top: Path, length: int) -> str:
+    """Directories in *top*, the innermost with a path of that many bytes from there on."""
+    top.mkdir(parents=True, exist_ok=True)
+    path = "/".join(["d" * 99] * (length // 100))
+    rest = length - len(path) - 1
+    path = f"{path}/{'d' * rest}" if rest > 0 else path[:length]
+    here = os.open(top, os.O_RDONLY)
+    for name in path.split("/"):
+        os.mkdir(name, dir_fd=here)
+        here, before = os.open(name, os.O_RDONLY, dir_fd=here), here
+        os.close(before)
+    os.close(here)
+    return path
+
+
+@pytest.mark.parametrize("length", [999, 1001, 1019, 2039, 2499])
+def test_names_that_make_mke2fs_write_beyond_its_memory(length: int, tmp_path: Path) -> None:
+    """Of 1.47.0 these are 255 bytes, 510 and so on with the '/' before them; at 2040 the C library notices."""
+    content = Staging(tmp_path / "s")
+    path = nested(content.directory, length)
+    assert len(path) == length
+    if length > 1000:
+        with pytest.raises(ElementError, match=r"making the build disk: 'd+/.*' is longer than 1000 bytes"):
+            content.make_disk(tmp_path / "disk")
+    else:
+        content.make_disk(tmp_path / "disk")
+    assert (tmp_path / "disk").exists() == (length <= 1000)
+
+
+def test_names_in_the_image_cache_that_no_build_can_take(tmp_path: Path) -> None:
+    """What a hostile build has left there does not keep the next one from being built."""
+    nested(tmp_path / "cache/hostile", 2006)
+    (tmp_path / "cache/good").write_text("good")
+    content = Staging(tmp_path / "s")
+    ImageCache(tmp_path / "cache", tmp_path).copy_to(content.directory / "home/.cache/image-create")
+    content.make_disk(tmp_path / "disk")
+    assert (content.directory / "home/.cache/image-create/good").read_text() == "good"
+    remove_tree(tmp_path / "cache")
 
 
 # ---- what a guest leaves, from a sandbox to the user's directory ----
