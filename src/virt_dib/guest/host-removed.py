@@ -36,7 +36,9 @@ def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 # The archive is the appliance's, and a header in it may have any length.
-resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+if most == resource.RLIM_INFINITY or most > MOST_MEMORY_BYTES:
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, most))
 with tarfile.open(fileobj=sys.stdin.buffer, mode="r|", errors="surrogateescape") as opened:
     removed = [member.name for member in members(opened) if not is_there(member)]
 sys.stdout.buffer.write(b"".join(os.fsencode(f"./{os.path.normpath(name)}") + b"\0" for name in sorted(removed)))

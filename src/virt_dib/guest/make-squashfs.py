@@ -110,7 +110,8 @@ def ended(child: int) -> bool:
 def main() -> None:
     """Make the squashfs; the exit status is 0 if it is complete."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, limits[1]))
+    if limits[1] == resource.RLIM_INFINITY or limits[1] > MOST_MEMORY_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, limits[1]))
     child, complete = None, True
     try:
         source = tarfile.open(fileobj=sys.stdin.buffer, mode="r|", **TEXT)  # noqa: SIM115 - the process ends with it
