@@ -54,16 +54,25 @@ def place(tmp_path: Path) -> Path:
 
 
 def taken(
-    place: Path, guest: Guest, image_name: str = "x", output_dir: Path | None = None
+    place: Path,
+    guest: Guest,
+    image_name: str = "x",
+    output_dir: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """The files below the working directory afterwards, and what was refused."""
     drop_in = DropIn(image_name=image_name, working_dir=place)
     directory = place if output_dir is None else output_dir
-    spec = BuildSpec(name=Path(image_name).name, output_dir=directory, elements=("e",), drop_in=drop_in)
+    spec = BuildSpec(
+        name=Path(image_name).name,
+        output_dir=directory,
+        elements=("e",),
+        drop_in=drop_in,
+        variables=variables or {},
+    )
     with open_outputs(spec, place.parent / "virt-dib-mark") as outputs:
-        left_out = outputs.add(cast("Appliance", guest))
+        refused = list(outputs.add(cast("Appliance", guest)))
         artifacts = outputs.publish()
-        refused = [*outputs.refused, *left_out]
     assert all(artifact.path.is_file() for artifact in artifacts)
     files = {
         str(path.relative_to(place)): path.read_text()
@@ -94,7 +103,10 @@ def test_what_is_named_after_the_image_replaces(place: Path) -> None:
     [
         ("Makefile", "there is one already, which is not named after the image"),
         (".bashrc", "its name begins with a dot"),
-        (".git/hooks/pre-commit", "its name begins with a dot"),
+        (".git/hooks/pre-commit", "a name on its path begins with a dot"),
+        ("new/.git/config", "a name on its path begins with a dot"),
+        ("sub/cron", "the directory '{place}/sub' is there already, and the file is not named after the image"),
+        ("sub/new/x.kernel", "the directory '{place}/sub' is there already, and the file is not named after the image"),
         ("link/passwd", "'{place}/link' is no directory"),
         ("Makefile/inside", "'{place}/Makefile' is no directory"),
         ("sub", "a directory is in its place"),
@@ -106,6 +118,35 @@ def test_other_files_of_the_user_stay(place: Path, name: str, reason: str) -> No
     assert refused == [f"not taken over from the guest: '{place}/{name}': {reason.format(place=place)}"]
     assert files == {"Makefile": "mine", "x.kernel": "old", "x.new": "n"}
     assert sorted(os.listdir(place)) == sorted([*before, "x.new"])
+
+
+def test_the_directory_that_the_user_has_given_for_manifests(place: Path) -> None:
+    (place / "sub/old").write_text("old")
+    guest = Guest({"sub/old": "new", "sub/dib-manifests/m": "m", "subway": "s"})
+    files, refused = taken(place, guest, variables={"DIB_MANIFEST_SAVE_DIR": "./sub/"})
+    assert refused == []
+    assert (files["sub/old"], files["sub/dib-manifests/m"], files["subway"]) == ("new", "m", "s")
+
+
+@pytest.mark.parametrize("value", ["", ".", "./", "..", "../work", "/", "sub/..", "sub/../../work"])
+def test_a_directory_that_would_be_everything(place: Path, value: str) -> None:
+    guest = Guest({"Makefile": "new", "sub/cron": "m", ".bashrc": "b"})
+    files, refused = taken(place, guest, variables={"DIB_MANIFEST_SAVE_DIR": value})
+    assert len(refused) == 3
+    assert files == {"Makefile": "mine", "x.kernel": "old"}
+
+
+def test_a_name_of_the_users_that_begins_with_a_dot(place: Path) -> None:
+    files, refused = taken(place, Guest({".x.kernel": "k", ".x.d/.m": "m", ".y": "y"}), ".x")
+    assert len(refused) == 1
+    assert (files[".x.kernel"], files[".x.d/.m"]) == ("k", "m")
+
+
+def test_there_are_not_more_warnings_than_people_read(place: Path) -> None:
+    files, refused = taken(place, Guest({**{f"sub/{number}": "" for number in range(60)}, "x.link": LINK, "x.o": "o"}))
+    assert len(refused) == 21
+    assert refused[-1] == "41 more files of the guest are not taken over"
+    assert set(files) == {"Makefile", "x.kernel", "x.o"}
 
 
 def test_links_and_devices_are_left_out(place: Path) -> None:

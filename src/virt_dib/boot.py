@@ -227,7 +227,7 @@ def _check_qcow2(image: Path) -> None:
             f"cannot boot '{image}': it is not complete without a data file"
             if header.has_data_file
             else f"cannot boot '{image}': it is not complete without a backing file",
-            hint="make one image of it: qemu-img convert -O qcow2 OLD NEW",
+            hint="if you trust it, make one image of it: qemu-img convert -O qcow2 OLD NEW",
         )
 
 

@@ -278,9 +278,7 @@ class _Build:
                 _make_sparse(self._archive_disk.path, staging.BUILD_DISK_BYTES)
             stages = self._in_sandbox if in_sandbox else self._in_appliance
             with stages(verdict) as (appliance, lengths):
-                for name in outputs.add(appliance):
-                    self._monitor.warning(f"neither file nor directory, not taken over from the guest: {name}")
-                for text in outputs.refused:
+                for text in outputs.add(appliance):
                     self._monitor.warning(text)
                 self._keep_log(appliance)
                 appliance.stop()

@@ -221,6 +221,8 @@ class DiskStage:
             if offset_bytes + size_bytes > most_bytes:
                 raise ApplianceError("looking where the file systems lie: outside of the image")
             extents.append(Extent(offset_bytes + image.offset_bytes, size_bytes))
+        if len(extents) != len(file_systems):
+            raise ApplianceError("looking where the file systems lie: the guest does not tell it of each")
         return extents
 
     def _archive(self, disk: Disk) -> int:

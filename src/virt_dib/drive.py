@@ -122,23 +122,32 @@ def _make_hint(name: str) -> str:
 
 
 def _detect(path: Path, header: bytes) -> str:
-    found = format_by(header)
-    if found not in FORMATS:
-        name = shlex.quote(str(path))
-        hint = f"qemu-img convert -O qcow2 {name} NEW makes a drive of it; if it is raw: --drive-format raw"
-        raise _refusal(path, f"its format is {found}, not raw or qcow2", hint)
-    try:
-        noted = os.getxattr(path, _NOTE).decode(errors="replace")
-    except OSError:
-        return found
-    if noted != found:
+    """The format by the header, unless elements may have written that into the drive."""
+    found, noted = format_by(header), _noted(path)
+    if noted not in (None, found):
+        other = f"--drive-format {found}" if found in FORMATS else f"make a qcow2 image of it, if you trust its {found}"
         raise _refusal(
             path,
             f"it was {noted} when a build used it last, and looks like {found} now",
             f"elements may have written that into it. If it is still {noted}: --drive-format {noted}; "
-            f"if you have put another image there: --drive-format {found}",
+            f"if you have put another image there: {other}",
         )
+    if found not in FORMATS:
+        # To convert what elements have written would show them the files that they name in it.
+        hint = (
+            "if it is raw, elements may have written that into it: --drive-format raw; if it is an image that you "
+            f"trust, qemu-img convert -O qcow2 {shlex.quote(str(path))} NEW makes a drive of it"
+        )
+        raise _refusal(path, f"its format is {found}, not raw or qcow2", hint)
     return found
+
+
+def _noted(path: Path) -> str | None:
+    """The format that the last build used, if that is known."""
+    try:
+        return os.getxattr(path, _NOTE).decode(errors="replace")
+    except OSError:
+        return None
 
 
 def _check_header(path: Path, header: bytes) -> int:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from virt_dib import archives, tools
 from virt_dib.archives import Imported
-from virt_dib.errors import ToolError, UsageError
+from virt_dib.disk_images import HEAD_BYTES, format_by
+from virt_dib.errors import ElementError, ToolError, UsageError
 from virt_dib.spec import COMPRESSIONS, LARGEST_DISK_BYTES, BuildSpec
 from virt_dib.tools import Command
 
@@ -25,6 +26,8 @@ _MOST_COROUTINES = 16
 _OPTION_HELP = re.compile(r"^\s+([a-z0-9_.-]+)=", re.MULTILINE)
 _FILE_OF_ITS_OWN = "data_file"
 _VHD_CHUNK_BYTES = 1 << 20
+_NAMES_NO_FILES = ("raw", "luks")
+"""What a disk may begin like: these lead nobody to other files."""
 _ROOM_HINT = "make room in the output directory, or build into another one: --name DIRECTORY/NAME"
 
 
@@ -263,8 +266,11 @@ def write(spec: BuildSpec, sources: Sources, targets: Mapping[str, tuple[Path, F
     The keys of *targets* are what messages call them. *scratch* is an existing directory for files in between.
 
     Raises:
+        ElementError: the disk is made to hurt who opens a raw image of it.
         ToolError: a program failed.
     """
+    if any(isinstance(output, DiskFormat) for _, output in targets.values()):
+        _check_beginning(sources.disk)
     early: dict[str, Command] = {}
     commands: dict[str, Command] = {}
     layer = scratch / "layer.tar.gz"
@@ -293,6 +299,23 @@ def write(spec: BuildSpec, sources: Sources, targets: Mapping[str, tuple[Path, F
             )
     if "tar" in by_name and sources.archive is not None:
         _take(sources.archive, by_name["tar"][1])
+
+
+def _check_beginning(disk: Path) -> None:
+    """Refuse a *disk* of which a raw image, opened without being told its format, would be another kind of image.
+
+    Such a one may name files of the host where it is opened, which are in the disk then.
+    """
+    head = b""
+    with contextlib.suppress(OSError), disk.open("rb") as stream:  # of which qemu-img tells
+        head = stream.read(HEAD_BYTES)
+    found = format_by(head)
+    if found not in _NAMES_NO_FILES:
+        raise ElementError(
+            f"the elements have made a disk that begins like a {found} image: programs that read a raw image would "
+            "take it for one, and open the files that it names",
+            hint="no file system and no boot loader begins like that: find the element that writes it",
+        )
 
 
 def load(spec: BuildSpec, sources: Sources) -> Imported:

@@ -30,6 +30,8 @@ LIMIT_BYTES = 64 * 1024**3
 
 _OWN = ".virt-dib-"
 """How the names of our own directories in a cache begin."""
+_LONGEST_PATH_BYTES = staging.LONGEST_PATH_BYTES - 100
+"""Below a directory on the build disk."""
 _FICLONE = 0x40049409
 """linux/fs.h: have one file share the blocks of another."""
 
@@ -114,6 +116,8 @@ class ImageCache:
     def _copy(self, source: _Source, path: str, mode: int, target: Path) -> bool:
         copy = target / path
         try:
+            if len(os.fsencode(path)) > _LONGEST_PATH_BYTES:
+                return False
             if stat.S_ISDIR(mode):
                 os.close(source.open(path, os.O_DIRECTORY))
                 copy.mkdir()

@@ -25,6 +25,9 @@ from virt_dib.workspace import note_elsewhere
 _DIRECTORY = "directory"
 _FILE = "file"
 _OUT_LIMIT_BYTES = 16 * 1024**3
+_MANIFESTS = "DIB_MANIFEST_SAVE_DIR"
+"""The variable that names a directory for files that DIB's element 'manifests' leaves."""
+_MOST_WARNINGS = 20
 
 
 @contextlib.contextmanager
@@ -52,18 +55,33 @@ class Outputs:
         """Directories with files that go elsewhere."""
         self.left: tuple[str, ...] = ()
         """The names in what will be ``NAME.d``."""
-        self.refused: list[str] = []
-        """Why files that a drop-in's elements left are not taken over, a sentence each."""
+        self._warnings: list[str] = []
         self.renamed: list[tuple[Path, Path]] = []
         """Files of earlier builds, and the names they have now."""
 
     def add(self, appliance: Appliance) -> Sequence[str]:
         """Take over what the elements left in their working directory, the future ``NAME.d``; see ``DropIn``, too.
 
-        Returns the names that were left out: links, devices and the like.
+        Returns what there is to say about files that are not taken over.
         """
         if self._spec.drop_in is not None:
-            return self._add_files(appliance, self._spec.drop_in)
+            left_out = self._add_files(appliance, self._spec.drop_in)
+        else:
+            left_out = self._add_directory(appliance)
+        for name in left_out:
+            self.warning(f"neither file nor directory, not taken over from the guest: {name}")
+        told, more = self._warnings[:_MOST_WARNINGS], len(self._warnings) - _MOST_WARNINGS
+        self._warnings = []
+        if more > 0:
+            self.warning(f"{more} more files of the guest are not taken over")
+        return [*told, *self._warnings]
+
+    def warning(self, text: str) -> None:
+        """Have *text* told."""
+        self._warnings.append(text)
+
+    def _add_directory(self, appliance: Appliance) -> list[str]:
+        """All as one directory; returns the names of links, devices and the like."""
         partial = self._new(f"{self._spec.name}.d", _DIRECTORY)
         copied = self._copy_out(appliance, contract.OUT, partial)
         if copied.files > 0:
@@ -71,7 +89,7 @@ class Outputs:
         else:
             staging.remove_tree(partial)
             self._partial.pop()
-        return copied.left_out
+        return list(copied.left_out)
 
     def _copy_out(self, appliance: Appliance, inside: str, target: Path) -> CopiedOut:
         archive = self._workspace / "out.tar"
@@ -80,19 +98,21 @@ class Outputs:
         archive.unlink()
         return copied
 
-    def _add_files(self, appliance: Appliance, drop_in: DropIn) -> Sequence[str]:
-        """Every file on its own, to where it would be if the elements had run there."""
-        own = None if drop_in.leads_away else os.path.normpath(drop_in.image_name)
+    def _add_files(self, appliance: Appliance, drop_in: DropIn) -> list[str]:
+        """Every file on its own, to where it would be if the elements had run there; returns as the other one."""
+        name = None if drop_in.leads_away else os.path.normpath(drop_in.image_name)
         base = drop_in.working_dir
         if not os.access(base, os.W_OK | os.X_OK):
-            base, own = self._directory, None
+            base, name = self._directory, None
+        own = [*_named_after(name), *_directory_given(self._spec.variables.get(_MANIFESTS))]
         left_out = self._add_files_below(appliance, contract.OUT, base, own)
         if drop_in.leads_away:
-            left_out += self._add_files_below(appliance, contract.NAMED, self._directory, self._spec.name)
+            own = _named_after(self._spec.name)
+            left_out += self._add_files_below(appliance, contract.NAMED, self._directory, own)
         return left_out
 
-    def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: str | None) -> tuple[str, ...]:
-        """What is below *inside* in the guest goes below *base*; what is named after the image, *own*, may replace."""
+    def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: Sequence[str]) -> list[str]:
+        """What is below *inside* in the guest goes below *base*; names that begin with one of *own* may replace."""
         scratch = base / f".{self._spec.name}.{_mark()}.partial"
         self._scratch.append(scratch)
         self._note(scratch)
@@ -102,10 +122,10 @@ class Outputs:
             name = str(path.relative_to(scratch))
             reason = _refusal(base, name, own)
             if reason is not None:
-                self.refused.append(f"not taken over from the guest: '{base / name}': {reason}")
+                self.warning(f"not taken over from the guest: '{base / name}': {reason}")
             else:
                 self._partial.append((path, base / name, _FILE))
-        return copied.left_out
+        return list(copied.left_out)
 
     def convert(self, outputs: Sequence[formats.Format], sources: formats.Sources) -> None:
         """Write all formats; the image for an engine goes there, when the others are complete, without its name."""
@@ -215,23 +235,38 @@ def _mark() -> str:
     return secrets.token_hex(4)
 
 
-def _refusal(base: Path, name: str, own: str | None) -> str | None:
+def _named_after(image: str | None) -> list[str]:
+    """How the names of files begin that are named after the image."""
+    return [] if image is None else [f"{image}.", f"{image}-"]
+
+
+def _directory_given(value: str | None) -> list[str]:
+    """The same of files in the directory *value*, which the user has given to the elements, if it can be meant."""
+    name = os.path.normpath(value or ".")
+    return [] if name.startswith((".", "/")) else [f"{name}/"]
+
+
+def _refusal(base: Path, name: str, own: Sequence[str]) -> str | None:
     """Why the file *name*, which the guest chose, is not to be below *base*, the user's directory; None: it may.
 
-    Only what is named after the image, *own*, replaces something: other files of the user have nothing to do with it.
+    Only what begins with one of *own* replaces something, or goes into a directory that is there: that may be any, and
+    what lies in it may have a meaning to other programs. Nor are there to be hidden files which have one.
     """
-    if name.startswith("."):
-        return "its name begins with a dot"
-    of_image = own is not None and name.startswith((f"{own}.", f"{own}-"))
-    *parents, _ = accumulate(Path(name).parts, os.path.join)
+    mine = name.startswith(tuple(own))
+    parts = Path(name).parts
+    if not mine and any(part.startswith(".") for part in parts):
+        return "its name begins with a dot" if len(parts) == 1 else "a name on its path begins with a dot"
+    *parents, _ = accumulate(parts, os.path.join)
     for parent in parents:
         kind = _kind(base / parent)
         if kind not in (None, stat.S_IFDIR):
             return f"'{base / parent}' is no directory"
+        if kind is not None and not mine:
+            return f"the directory '{base / parent}' is there already, and the file is not named after the image"
     kind = _kind(base / name)
     if kind == stat.S_IFDIR:
         return "a directory is in its place"
-    return "there is one already, which is not named after the image" if kind is not None and not of_image else None
+    return "there is one already, which is not named after the image" if kind is not None and not mine else None
 
 
 def _kind(path: Path) -> int | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ from virt_dib.network import problem as network_problem
 
 _PYTHON = Path("/usr/bin/python3")
 _USUAL_TREE_BYTES = 4 << 30
+_TOO_LONG_STATUS = 128 + signal.SIGXFSZ
+"""As bash counts it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +254,10 @@ class Sandbox:
         words = ["/bin/bash", "-c", command, "bash", _in_build(directory), str(limit_bytes // 1024)]
         with _for_sandbox(target) as stream:
             result = self._kept(job_text(words, PROCESS_ENVIRONMENT, "/"), stream.fileno())
-        result.check(f"copying '{directory}' out of the sandbox")
+        doing = f"copying '{directory}' out of the sandbox"
+        if result.exit_status == _TOO_LONG_STATUS:
+            raise ApplianceError(f"{doing}: it holds more than {limit_bytes} bytes", hint="an element left it there")
+        result.check(doing)
 
     def make_build_disk(self, disk: Path, parts: Sequence[Part] = ()) -> None:
         """Make the build disk, in the file *disk*, of all that is in ``/dib`` now; no job can run after it.

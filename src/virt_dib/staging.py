@@ -51,6 +51,9 @@ ELEMENT_HOME_FILES = {
 ELEMENT_HOST_FILES = {"openstack-ci-mirrors": ("/etc/ci/mirror_info.sh",)}
 
 HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+LONGEST_PATH_BYTES = 1000
+"""On a build disk. With some longer ones mke2fs 1.47 -d writes beyond its memory; and elements, and what others have
+cached, can have any name."""
 _NO_ROOM_HINT = "set TMPDIR to a directory with more room, or make some there"
 _NOT_TO_COPY = ("/dev/", "/proc/", "/sys/")
 """Where directories of the host are that no element can have meant: the guest has its own."""
@@ -243,8 +246,10 @@ class Staging:
 
         Raises:
             ToolError: no space, or no mke2fs.
+            ElementError: a path is too long for it.
         """
         self.finish()
+        self._check_paths()
         mke2fs = tools.require("mke2fs", purpose="make the build disk", package="e2fsprogs")
         with disk.open("xb") as stream:
             stream.truncate(BUILD_DISK_BYTES)
@@ -254,6 +259,21 @@ class Staging:
         except ToolError as error:
             full = "No space left" in str(error)
             raise ToolError(str(error), hint=_NO_ROOM_HINT if full else None) from error
+
+    def _check_paths(self) -> None:
+        directories = [os.fsencode(self.directory)]
+        top_bytes = len(directories[0]) + 1
+        for directory in directories:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if len(entry.path) - top_bytes > LONGEST_PATH_BYTES:
+                        name = os.fsdecode(entry.path[top_bytes:])
+                        raise ElementError(
+                            f"making the build disk: '{name}' is longer than {LONGEST_PATH_BYTES} bytes",
+                            hint="shorten the names in the element, or in the directory that a variable names",
+                        )
+                    if entry.is_dir(follow_symlinks=False):
+                        directories.append(entry.path)
 
     def _copy_element(self, source: Path, target: Path, problems: list[Problem]) -> None:
         try:

@@ -10,6 +10,7 @@ What a squashfs cannot hold (ACLs, fractions of seconds) is left out.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import tarfile
@@ -19,6 +20,8 @@ LAST_TIME = 2**32 - 1
 ATTRIBUTE = "SCHILY.xattr."
 TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 """For tarfile: names and attributes are any bytes."""
+MOST_MEMORY_BYTES = 1 << 30
+"""For this program, which reads a header of any length at once; sqfstar has its own limits."""
 PREFIXES = ("user.", "trusted.", "security.")
 """Of the attributes that a squashfs can hold."""
 
@@ -50,8 +53,8 @@ def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return new
 
 
-def start_sqfstar(top: tarfile.TarInfo, target: str) -> tuple[int, BinaryIO]:
-    """Its process, and what it reads."""
+def start_sqfstar(top: tarfile.TarInfo, target: str, limits: tuple[int, int]) -> tuple[int, BinaryIO]:
+    """Its process, and what it reads; *limits* are those of its memory."""
     command = [
         "sqfstar", "-force", "-comp", "xz", "-no-progress", "-quiet", "-root-mode", f"{top.mode & 0o7777:o}",
         "-root-uid", str(top.uid), "-root-gid", str(top.gid), "-root-time", str(time_of(top)), target,
@@ -60,6 +63,7 @@ def start_sqfstar(top: tarfile.TarInfo, target: str) -> tuple[int, BinaryIO]:
     child = os.fork()
     if child == 0:
         os.dup2(reading, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         os.execvp(command[0], command)  # noqa: S606 - nothing else is to be done with it
     os.close(reading)
     return child, open(writing, "wb")
@@ -74,6 +78,8 @@ def feed(source: tarfile.TarFile, stream: BinaryIO) -> None:
     """Write all that is left of the archive, in plainer form."""
     with stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, **TEXT) as made:
         for member in source:
+            if source.pax_headers:
+                raise tarfile.ReadError("a header is for all files")
             made.addfile(plain(member), source.extractfile(member) if member.isreg() else None)
             forget(source)
             forget(made)
@@ -84,25 +90,46 @@ def feed(source: tarfile.TarFile, stream: BinaryIO) -> None:
                 raise tarfile.ReadError("there is something after its end")
 
 
+def first_member(source: tarfile.TarFile) -> tarfile.TarInfo:
+    """The top directory, which comes first."""
+    top = source.next()
+    if top is None or not top.isdir() or top.name not in {".", "./"}:
+        raise tarfile.ReadError("it does not begin with its top directory")
+    forget(source)
+    return top
+
+
+def ended(child: int) -> bool:
+    """Wait for sqfstar; say whether it is content."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        sys.stderr.write(f"sqfstar was ended by signal {-code}\n")
+    return code == 0
+
+
 def main() -> None:
     """Make the squashfs; the exit status is 0 if it is complete."""
-    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|", **TEXT) as source:
-        top = source.next()
-        if top is None or not top.isdir() or top.name not in {".", "./"}:
-            sys.exit("the archive does not begin with its top directory")
-        forget(source)
-        child, stream = start_sqfstar(top, sys.argv[1])
-        try:
-            feed(source, stream)
-        except BrokenPipeError:
-            pass  # sqfstar says why
-        except (OSError, tarfile.TarError, ValueError) as error:
-            sys.stderr.write(f"reading the archive: {error}\n")
-            os.kill(child, signal.SIGKILL)
-        sys.stderr.flush()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if limits[1] == resource.RLIM_INFINITY or limits[1] > MOST_MEMORY_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, limits[1]))
+    child, complete = None, True
+    try:
+        source = tarfile.open(fileobj=sys.stdin.buffer, mode="r|", **TEXT)  # noqa: SIM115 - the process ends with it
+        child, stream = start_sqfstar(first_member(source), sys.argv[1], limits)
+        feed(source, stream)
+    except BrokenPipeError:
+        pass  # sqfstar says why
+    except Exception as error:  # noqa: BLE001 - headers made up to hurt have tarfile raise anything
+        sys.stderr.write(f"reading the archive: {str(error) or type(error).__name__}\n")
+        complete = False
+    # What it has got is not all there is.
+    if child is not None and not complete:
+        os.kill(child, signal.SIGKILL)
+    elif child is not None:
+        complete = ended(child)
+    sys.stderr.flush()
     # Without the objects' own tidying, which would complain about the pipe.
-    os._exit(status != 0)
+    os._exit(not complete)
 
 
 if __name__ == "__main__":
