@@ -116,7 +116,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
     questions = {name: key for name, (key, variable) in _ANSWERS.items() if variable not in dib.rules.absent}
     answers, nodes = _ask(params, ["init", "check", *questions.values()], spec, dib, scratch)
     none = dict.fromkeys(_ANSWERS, "")
-    images = _images(nodes, spec)
+    images, parts = images_and_parts(nodes, spec)
     guest_params = params | {
         "config": f"{contract.BUILD_DIR}/block-device/config.yaml",
         "image-dir": contract.IMAGE_DIR,
@@ -130,7 +130,7 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         images=images,
         discarded=tuple(image.name for image in images[1:]),
         disk_bytes=max(image.offset_bytes + (image.size_bytes or _slice_bytes(spec)) for image in images),
-        parts=_parts(nodes, spec),
+        parts=parts,
         file_systems=device_config.file_systems(nodes),
     )
 
@@ -303,6 +303,15 @@ def _refusal(said: str, scratch: Path) -> VirtDibError:
         f"diskimage-builder refuses the block device configuration: {last}",
         hint="check DIB_BLOCK_DEVICE_CONFIG, the block-device element, --root-label and --fs-type",
     )
+
+
+def images_and_parts(nodes: device_config.Nodes, spec: BuildSpec) -> tuple[Sequence[Image], Sequence[Part]]:
+    """The images of a configuration in which DIB and ``device_config.problems`` find nothing wrong, and their parts.
+
+    Raises:
+        UsageError: none of the images can become the output, or the size of one is none.
+    """
+    return _images(nodes, spec), _parts(nodes, spec)
 
 
 def _images(nodes: Sequence[Mapping[str, Any]], spec: BuildSpec) -> tuple[Image, ...]:
