@@ -80,6 +80,15 @@ test-full: $(READY) ## builds of elements from elsewhere and with older releases
 test-drop-in: $(READY) ## disk-image-create compared with ours, a table of it in build/drop-in-comparisons.txt; as root
 	$(BIN)/pytest -m drop_in --comparisons build/drop-in-comparisons.txt
 
+.PHONY: failure-branches
+failure-branches: export COVERAGE_DIR := $(CURDIR)/build/coverage
+failure-branches: $(READY) ## the tests with a list of which reach each failure branch, build/failure-branches.txt
+	rm -rf $(COVERAGE_DIR)
+	mkdir -p --mode=1777 $(COVERAGE_DIR)
+	COVERAGE_PROCESS_START=$(CURDIR)/tests/coverage.ini $(MAKE) --no-print-directory test
+	PYTHONPATH=. $(BIN)/python tests/failure_branches.py $(COVERAGE_DIR) >build/failure-branches.txt || \
+	    { sed -n '/without a test$$/,$$p' build/failure-branches.txt; exit 1; }
+
 COUNT := 50
 .PHONY: soak
 soak: $(READY) ## COUNT small builds with faults, and a look at what each of them leaves
