@@ -143,9 +143,10 @@ def test_an_image_too_small_for_the_tree(
     assert "--size" in hints(run)[0]
 
 
-def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
-    """For the appliance, whose virtual machine would wait for space."""
-    run_by = hidden(f"mount -t tmpfs -o size=100m none {tmp_path}/temporary")
+@pytest.mark.parametrize("size", ["100m", "14m"], ids=["for-the-appliance", "for-the-build-disk"])
+def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Path, size: str) -> None:
+    """The virtual machine would wait for space."""
+    run_by = hidden(f"mount -t tmpfs -o size={size} none {tmp_path}/temporary")
     run = fail([*SANDBOX, "-p", element_dir, "tiny-os"], output_dir, tmp_path, run_by=run_by)
     assert run.exit_status == 1
     assert "no space left" in errors(run)[0]

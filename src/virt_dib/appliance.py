@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from virt_dib import environment as contract
 from virt_dib import supermin
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, no_space_on_host
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
 from virt_dib.terminal_link import LINK, Terminal, relay
@@ -517,10 +517,7 @@ class Appliance:
         for disk in [*self._settings.disks, *([self._settings.drive] if self._settings.drive else [])]:
             state = os.statvfs(disk.path)
             if state.f_bavail * state.f_frsize < _HOST_RESERVE_BYTES:
-                raise ApplianceError(
-                    f"writing the disks of the build in '{disk.path.parent}': no space left on the host",
-                    hint="free some space there, or set TMPDIR to a directory with more",
-                )
+                raise ApplianceError.of([no_space_on_host(disk.path)])
 
     def _call(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,14 @@ class Problem:
     """What to do next, in the same form."""
     details: tuple[str, ...] = ()
     """Lines shown between the two: the last output of what failed, made harmless."""
+
+
+def no_space_on_host(disk: Path) -> Problem:
+    """For what grows as it is written, the file *disk* of a build."""
+    return Problem(
+        f"writing the disks of the build in '{disk.parent}': no space left on the host",
+        "free some space there, or set TMPDIR to a directory with more",
+    )
 
 
 class VirtDibError(Exception):

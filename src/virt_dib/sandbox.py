@@ -23,7 +23,7 @@ from typing import IO
 
 from virt_dib import environment as contract
 from virt_dib import staging, tools
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
+from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError, no_space_on_host
 from virt_dib.interrupts import shielded
 from virt_dib.jobs import JobResult, Tail, job_text
 from virt_dib.layout import Part
@@ -290,7 +290,10 @@ class Sandbox:
     def _on_disk(self, disk: Path, arguments: Sequence[str]) -> JobResult:
         """Run sandbox-disk.sh on the file *disk*."""
         with _for_sandbox(disk) as stream:
-            return self._script("sandbox-disk.sh", arguments, stream.fileno())
+            result = self._script("sandbox-disk.sh", arguments, stream.fileno())
+        if result.exit_status != 0 and staging.NO_SPACE in result.tail:
+            raise ApplianceError.of([no_space_on_host(disk)])
+        return result
 
     def _script(self, name: str, arguments: Sequence[str], standard_input: int | None = None) -> JobResult:
         """Run one of our own scripts that no job of an element may see."""

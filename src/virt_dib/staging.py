@@ -19,7 +19,7 @@ from typing import IO, Any
 from virt_dib import layout, tools
 from virt_dib.elements import Element, strange
 from virt_dib.environment import GUEST
-from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError
+from virt_dib.errors import ApplianceError, ElementError, Problem, ToolError, UsageError, VirtDibError, no_space_on_host
 from virt_dib.files import NOT_THERE, copy_regular
 from virt_dib.interrupts import check_cancelled
 from virt_dib.releases import DiskMaker, PythonName, Rules
@@ -54,6 +54,8 @@ HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 LONGEST_PATH_BYTES = 1000
 """On a build disk. With some longer ones mke2fs 1.47 -d writes beyond its memory; and elements, and what others have
 cached, can have any name."""
+NO_SPACE = "No space left on device"
+"""Said by mke2fs of the file that it writes; of the file system in it, it says other things."""
 _NO_ROOM_HINT = "set TMPDIR to a directory with more room, or make some there"
 _NOT_TO_COPY = ("/dev/", "/proc/", "/sys/")
 """Where directories of the host are that no element can have meant: the guest has its own."""
@@ -257,8 +259,9 @@ class Staging:
         try:
             tools.run(command, doing="making the build disk")
         except ToolError as error:
-            full = "No space left" in str(error)
-            raise ToolError(str(error), hint=_NO_ROOM_HINT if full else None) from error
+            if NO_SPACE in str(error):
+                raise ToolError.of([no_space_on_host(disk)]) from error
+            raise
 
     def _check_paths(self) -> None:
         directories = [os.fsencode(self.directory)]
