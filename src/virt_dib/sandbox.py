@@ -266,10 +266,12 @@ class Sandbox:
         it has for the others is in ``/dib/build/parts``, by their numbers.
 
         Raises:
-            ApplianceError: mke2fs fails, or a mount point is behind a link in the tree.
+            ApplianceError: mke2fs fails, a mount point is behind a link in the tree, or there are too many files in
+                what is to be taken over.
         """
         words = [f"{'fill' if part.fillable else 'copy'}:{part.mount_point}" for part in parts]
-        self._script("sandbox-split.sh", [contract.BUILT, *words]).check("making the build disk")
+        arguments = [contract.BUILT, str(staging.MOST_MEMBERS), *words]
+        self._script("sandbox-split.sh", arguments).check("making the build disk")
         size_kib = staging.BUILD_DISK_BYTES // 1024
         options = staging.build_disk_options()
         self._on_disk(disk, [contract.GUEST, "0", str(size_kib), *options]).check("making the build disk")
