@@ -38,7 +38,7 @@ find /usr | wc -l
 _ATTEMPTS = 3
 """virt-dib 1.48.2 takes its disks in any order now and then, and fails; only good runs are counted."""
 _OLD = "virt-dib 1.48.2"
-_OLD_DIB = "diskimage-builder==1.28.0"
+_OLD_DIB = "diskimage-builder==1.28.0 --hash=sha256:2d8999a8484d27e8604d125aabcbdad648f8b601776225cfc611faf1a3b9a0e6"
 
 
 def make_tree(target: Path, size_mib: int) -> int:
@@ -94,8 +94,11 @@ def old_library(scratch: Path, given: Path | None) -> Path:
     """The directory ``lib`` of DIB 1.28.0."""
     if given is not None:
         return given
+    wanted = scratch / "wanted.txt"
+    wanted.write_text(_OLD_DIB)
+    words = ["download", "--quiet", "--no-deps", "--no-binary=:all:", "--require-hashes"]
     tools.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", scratch, _OLD_DIB],
+        [sys.executable, "-m", "pip", *words, "-d", scratch, "--requirement", wanted],
         doing="fetching DIB 1.28.0",
         environment=os.environ,
     )

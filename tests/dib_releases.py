@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,21 +58,28 @@ def release(version: str) -> Release:
     if not site.exists():
         base.mkdir(parents=True, exist_ok=True)
         partial = base / f".{version}.{os.getpid()}"
-        wanted = base / f".{version}.{os.getpid()}.txt"
-        wanted.write_text(f"diskimage-builder=={version} --hash=sha256:{_HASHES[version]}\n")
-        command: list[str | Path] = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
         try:
-            tools.run(
-                [*command, "--target", partial, "--only-binary=:all:", "--require-hashes", "--requirement", wanted],
-                doing=f"downloading diskimage-builder {version}",
-                environment=os.environ,
-                timeout_s=_DOWNLOAD_TIMEOUT_S,
+            pip(
+                ["install", "--no-compile", "--target", partial, "--only-binary=:all:"],
+                {f"diskimage-builder=={version}": _HASHES[version]},
             )
         except ToolError as error:
             if "DO NOT MATCH THE HASHES" in str(error):
                 raise
             pytest.skip(str(error))
-        finally:
-            wanted.unlink()
         partial.rename(site)
     return Release(version=version, site=site)
+
+
+def pip(words: Sequence[str | Path], packages: Mapping[str, str]) -> None:
+    """Run pip for *packages*, pinned, without what they need. The values are the SHA-256 of the only file to take."""
+    command: list[str | Path] = [sys.executable, "-m", "pip", *words, "--quiet", "--no-deps", "--require-hashes"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
+        wanted.writelines(f"{package} --hash=sha256:{digest}\n" for package, digest in packages.items())
+        wanted.flush()
+        tools.run(
+            [*command, "--requirement", wanted.name],
+            doing=f"downloading {', '.join(packages)}",
+            environment=os.environ,
+            timeout_s=_DOWNLOAD_TIMEOUT_S,
+        )

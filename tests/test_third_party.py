@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dib_releases import pip
 from test_debian import as_ordinary_user, mirrors
 from virt_dib import dib, elements, environment, hooks, kvm, tools
 from virt_dib.boot import boot_kernel
@@ -27,6 +28,12 @@ REPOSITORIES = {
     "tripleo-image-elements": "share/tripleo-image-elements",
 }
 """Where ``pip install`` puts the elements (docs/ramdisks.md)."""
+PACKAGES = {
+    "ironic-python-agent-builder==7.4.0": "2d4139d307f378af705861b04c94522ff272e0a5711780c608251274c8225f4c",
+    "sahara-image-elements==19.0.0": "4ada3cbbad5cf1b8978a4e06026e9558012023b75534c1448048a4e1611da853",
+    "tripleo-image-elements==15.0.0": "227790563b959c58926eac72a0d1a74784fe52b0c14dbc9005c45456426a024b",
+}
+"""As ``dib_releases.pip`` wants them."""
 SAMPLES = {
     "ironic-python-agent-builder": ("ironic-python-agent-ramdisk", "extra-hardware", "ironic-python-agent-tls"),
     "sahara-image-elements": ("hadoop-cloudera", "spark", "s3_hadoop", "openjdk"),
@@ -41,18 +48,8 @@ def repository(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def installed(package: str, prefix: Path) -> Path:
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--prefix",
-        prefix,
-        package,
-    ]
-    tools.run(command, doing=f"installing {package}", environment=os.environ)
+    pinned = {wanted: digest for wanted, digest in PACKAGES.items() if wanted.startswith(f"{package}==")}
+    pip(["install", "--prefix", prefix], pinned)
     return prefix / REPOSITORIES[package]
 
 
@@ -158,6 +155,11 @@ def test_elements_of_ironic_python_agent_builder_make_a_ramdisk(directory: Path)
 AGENT_BUILDER = "ironic-python-agent-builder==7.4.0"
 SOURCES = {"ironic_python_agent": "ironic-python-agent", "glean": "glean"}
 """What its elements clone, by their names for it, and the packages on PyPI that have the same."""
+SOURCE_PACKAGES = {
+    "glean==1.25.1": "7f383c2de83ecb4a460f2f74fd12c678e2d780a2f978a4e223117e6360680e10",
+    "ironic-python-agent==13.0.0": "378a6c3a210698a3114245d41bea759b83297827174638b4dffc4685d18a59d1",
+}
+"""Their source distributions."""
 STARTED = r"Started .*(?:ironic-python-agent|Ironic Python Agent)"
 
 
@@ -196,21 +198,11 @@ class Caller:
     def prepare(self) -> dict[str, str]:
         """Install it as its documentation says, link our commands, make repositories; give variables that name them."""
         # How this host reaches packages is no business of the build.
-        pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        variables = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         self.run(sys.executable, "-m", "venv", "venv")
-        self.run("venv/bin/pip", "install", "--quiet", AGENT_BUILDER, variables=pip)
+        self.run("venv/bin/pip", "install", "--quiet", AGENT_BUILDER, variables=variables)
         self.run(Path(sys.executable).parent / "virt-dib-links", "links")
-        self.run(
-            "venv/bin/pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary=:all:",
-            "-d",
-            "sdists",
-            *SOURCES.values(),
-            variables=pip,
-        )
+        pip(["download", "--no-binary=:all:", "-d", self.directory / "sdists"], SOURCE_PACKAGES)
         repositories = {name: self._repository(package) for name, package in SOURCES.items()}
         repositories["requirements"] = self._repository("requirements")
         named = {f"DIB_REPOLOCATION_{name}": str(path) for name, path in repositories.items()}
