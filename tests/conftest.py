@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,17 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from helpers import ISOLATIONS, ODD_VALUE, ODD_VARIABLES, Run, make_probe, make_tiny_os, skip_without, virt_dib
+from helpers import (
+    ISOLATIONS,
+    ODD_VALUE,
+    ODD_VARIABLES,
+    Run,
+    heed_signals,
+    make_probe,
+    make_tiny_os,
+    skip_without,
+    virt_dib,
+)
 from virt_dib import plan, staging
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.supermin import cache_dir
@@ -34,9 +43,7 @@ def pytest_configure() -> None:
         os.environ.pop(name, None)
     os.environ["LC_ALL"] = "C.UTF-8"
     os.environ["VIRT_DIB_CONFIG"] = os.devnull
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    heed_signals()
 
 
 @pytest.hookimpl(hookwrapper=True)

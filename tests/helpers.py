@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ class Run:
     stdout: str
     stderr: str
     output_dir: Path
+
+
+def heed_signals() -> None:
+    """Have no signals ignored, as nohup and shells do for what runs in the background, and as is inherited."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def virt_dib(

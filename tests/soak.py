@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import ISOLATIONS, files_in_image, make_element, make_tiny_os, processes_of
+from helpers import ISOLATIONS, files_in_image, heed_signals, make_element, make_tiny_os, processes_of
 from virt_dib import tools
 from virt_dib.spec import Phase
 
@@ -191,6 +191,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    heed_signals()
     draw = random.Random(arguments.seed)  # noqa: S311 - to be the same again
     image_of: int | None = None
     outcomes: Counter[tuple[str, bool]] = Counter()
