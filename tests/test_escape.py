@@ -238,6 +238,7 @@ def escape(request: pytest.FixtureRequest) -> Iterator[Escape]:
             check=False,
         )  # fmt: skip
         assert result.exit_status == 0, result.stdout + result.stderr
+        assert "warning: the appliance can reach services" not in result.stdout + result.stderr
         after = host_state(laid)
         written = [path for path in (laid.directory / "out").rglob("*") if path.is_file()]
         yield Escape(

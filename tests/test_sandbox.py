@@ -21,7 +21,7 @@ import pytest
 
 from helpers import TESTS
 from virt_dib import environment as contract
-from virt_dib import namespaces, sandbox, staging, tools, workspace
+from virt_dib import namespaces, network, sandbox, staging, tools, workspace
 from virt_dib.errors import ApplianceError, Interrupted, PrerequisiteError, Problem
 from virt_dib.interrupts import Cancellation, cancellable
 from virt_dib.jobs import Event
@@ -478,6 +478,32 @@ def test_the_network_leads_out_but_not_to_the_hosts_loopback(
         started = set(children_of(os.getpid())) - before
         assert len(started) == 2
     assert [child for child in started if is_running(child)] == []
+
+
+def test_a_program_in_a_network_of_its_own(tmp_path: Path) -> None:
+    """As qemu is, in the network of which the guest's leads out."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        network.detached_program(Path("/bin/bash"), tmp_path) as program,
+    ):
+        server.settimeout(0.1)
+        text = f"""
+            for address in 127.0.0.1 10.0.2.2; do
+                timeout 2 bash -c "echo >/dev/tcp/$address/{server.getsockname()[1]}" 2>/dev/null
+            done
+            # If slirp4netns has ended meanwhile, its interface has gone.
+            sleep 1
+            cat /proc/net/route /etc/resolv.conf /proc/self/status
+        """
+        said = tools.run([program, "-c", text], doing="running a program").stdout
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert re.search(r"^\S+\t00000000\t", said, re.MULTILINE)
+    assert "nameserver 10.0.2.3\n" in said
+    if os.geteuid() != 0:
+        assert re.search(r"^CapEff:\t0+$", said, re.MULTILINE)
+        assert re.search(r"^CapBnd:\t0+$", said, re.MULTILINE)
+        assert "NoNewPrivs:\t1\n" in said
 
 
 # ---- the end ----

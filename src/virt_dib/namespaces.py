@@ -238,12 +238,15 @@ def _private_range(kind: str) -> tuple[_Range, ...] | Problem:
 # ---- processes in user namespaces ----
 
 
-def map_identity(process: int) -> None:
-    """Give the user namespace of *process* the ids of this one: for root all of them, else the user's own."""
+def map_user(process: int) -> None:
+    """Give the user namespace of *process* the ids of this one, for root; for others its root alone, who is the user.
+
+    It has to be root: slirp4netns becomes that before it confines itself.
+    """
     if os.geteuid() != 0:
         Path(f"/proc/{process}/setgroups").write_text("deny")
     for kind, own in (("uid", os.geteuid()), ("gid", os.getegid())):
-        text = f"{own} {own} 1"
+        text = f"0 {own} 1"
         if os.geteuid() == 0:
             ranges = [line.split() for line in Path(f"/proc/self/{kind}_map").read_text().splitlines()]
             text = "\n".join(f"{first} {first} {count}" for first, _, count in ranges)

@@ -9,14 +9,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from virt_dib import tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
-from virt_dib.namespaces import PROCESS_ENVIRONMENT, init_command, inside_namespace, map_identity
+from virt_dib.namespaces import PROCESS_ENVIRONMENT, init_command, inside_namespace, map_user
 
 NAMESERVER = "10.0.2.3"
 """slirp4netns's own, which asks those of the host; pasta is told to have one there too."""
 
+_READY = "1"
+"""The line that slirp4netns prints then."""
 _TIMEOUT_S = 60.0
 _POLL_S = 0.01
 
@@ -37,13 +40,22 @@ def detached_program(program: Path, directory: Path) -> Iterator[Path]:
     resolver = directory / "resolv.conf"
     resolver.write_text(f"nameserver {NAMESERVER}\n")
     with inside_namespace(["net", str(resolver)], directory) as inside:
-        map_identity(inside.process.pid)
+        map_user(inside.process.pid)
         inside.send(b"go")
         inside.expect("ready")
         with connected(inside.process.pid):
             # The same length each time: libguestfs knows programs by it.
             target = f"--target={inside.process.pid:010}"
-            yield _wrapped(program, directory, nsenter, "--preserve-credentials", "--user", "--mount", "--net", target)
+            enter = (nsenter, "--preserve-credentials", "--user", "--mount", "--net", target)
+            yield _wrapped(program, directory, *enter, *_without_rights())
+
+
+def _without_rights() -> list[str | Path]:
+    """The beginning of a command that has no rights over the namespace where its user is root."""
+    if os.geteuid() == 0:
+        return []
+    setpriv = tools.require("setpriv", purpose="give up rights over a network", package="util-linux")
+    return [setpriv, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
 
 
 def bare_program(program: Path, directory: Path) -> Path:
@@ -112,9 +124,9 @@ def connected(process: int) -> Iterator[None]:
         command += ["--dns-forward", NAMESERVER, str(process)]
     else:
         command = [str(program), "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
-        command += ["--enable-seccomp", "--exit-fd=0", str(process), "tap0"]
+        command += ["--enable-seccomp", "--exit-fd=0", "--ready-fd=1", str(process), "tap0"]
     reader, writer = os.pipe()
-    with contextlib.ExitStack() as stack, tempfile.TemporaryFile() as output:
+    with contextlib.ExitStack() as stack, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         # Its other end closes with this process, however that ends, and ends the program.
         stack.callback(os.close, writer)
         try:
@@ -124,21 +136,28 @@ def connected(process: int) -> Iterator[None]:
                     environment=PROCESS_ENVIRONMENT,
                     stdin=reader,
                     stdout=output.fileno(),
-                    stderr=output.fileno(),
+                    stderr=errors.fileno(),
                 )
             )
         finally:
             os.close(reader)
         deadline = time.monotonic() + _TIMEOUT_S
-        while not _has_route(process):
+        # slirp4netns can still fail when it has made the route; it says when it is ready.
+        is_slirp = program.name == "slirp4netns"
+        while not (_READY in _lines(output) if is_slirp else _has_route(process)):
             if running.poll() is not None or time.monotonic() > deadline:
-                output.seek(0)
-                said = output.read().decode(errors="replace").strip().splitlines() or ["it does not say why"]
+                said = _lines(errors) or _lines(output) or ["it does not say why"]
                 raise ApplianceError(
-                    f"making a network with '{program}': {said[-1]}", hint="build with --no-network, if it needs none"
+                    f"making a network with '{program}': {' / '.join(said[-2:])}",
+                    hint="build with --no-network, if it needs none",
                 )
             time.sleep(_POLL_S)
         yield
+
+
+def _lines(output: IO[bytes]) -> list[str]:
+    output.seek(0)
+    return output.read().decode(errors="replace").strip().splitlines()
 
 
 def _has_route(process: int) -> bool:
