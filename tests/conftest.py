@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess  # noqa: TID251 - tools starts programs with it
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,9 +26,12 @@ from helpers import (
     skip_without,
     virt_dib,
 )
-from virt_dib import plan, staging
+from virt_dib import plan, staging, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.supermin import cache_dir
+
+MEASURING = ("COVERAGE_PROCESS_START", "COVERAGE_DIR", "PYTEST_CURRENT_TEST")
+"""The variables that coverage.ini needs."""
 
 # How long an example takes says something about the machine's other work, not about the code.
 settings.register_profile("no-deadline", deadline=None)
@@ -44,6 +50,21 @@ def pytest_configure() -> None:
     os.environ["LC_ALL"] = "C.UTF-8"
     os.environ["VIRT_DIB_CONFIG"] = os.devnull
     heed_signals()
+    if MEASURING[0] in os.environ:
+        measure_programs()
+
+
+def measure_programs() -> None:
+    """Have those programs of ours measured, too, whose environment a test makes up; see failure_branches.py."""
+    real = subprocess.Popen.__init__
+
+    def begin(self: tools.Process, args: Sequence[str], **options: Any) -> None:  # noqa: ANN401 - Popen's
+        environment = options.get("env")
+        if environment is not None and sys.executable in args and "-I" not in args:
+            options["env"] = environment | {name: os.environ[name] for name in MEASURING if name in os.environ}
+        real(self, args, **options)
+
+    subprocess.Popen.__init__ = begin  # type: ignore[method-assign, assignment]
 
 
 @pytest.hookimpl(hookwrapper=True)

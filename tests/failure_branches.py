@@ -6,7 +6,7 @@ Each ``except`` clause, and each place where the code says that something is wro
 was measured with coverage.ini while tests ran; see ``make failure-branches``. The exit status is 1 if there is a
 branch that no test has reached.
 
-What runs in a guest, or in a process whose environment a test makes up, is not seen.
+What runs in a guest is not seen.
 """
 
 from __future__ import annotations
