@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess  # noqa: TID251 - tools starts programs with it
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 from hypothesis import settings
@@ -56,15 +55,17 @@ def pytest_configure() -> None:
 
 def measure_programs() -> None:
     """Have those programs of ours measured, too, whose environment a test makes up; see failure_branches.py."""
-    real = subprocess.Popen.__init__
+    popen: Any = get_origin(tools.Process)
+    real = popen.__init__
 
-    def begin(self: tools.Process, args: Sequence[str], **options: Any) -> None:  # noqa: ANN401 - Popen's
+    def begin(self: tools.Process, args: Sequence[str | Path], **options: Any) -> None:  # noqa: ANN401 - Popen's
         environment = options.get("env")
-        if environment is not None and sys.executable in args and "-I" not in args:
+        ours = any(os.fspath(word).startswith(sys.prefix) for word in args)
+        if environment is not None and ours and "-I" not in args:
             options["env"] = environment | {name: os.environ[name] for name in MEASURING if name in os.environ}
         real(self, args, **options)
 
-    subprocess.Popen.__init__ = begin  # type: ignore[method-assign, assignment]
+    popen.__init__ = begin
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -12,6 +12,7 @@ What runs in a guest is not seen.
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coverage import CoverageData
+from coverage.exceptions import CoverageException
 
 from generate import catalogue
 from test_troubleshooting import FAULTS
@@ -68,8 +70,10 @@ def measured(directory: Path) -> CoverageData:
     data.erase()
     for path in directory.glob("data.*"):
         part = CoverageData(basename=str(path))
-        part.read()
-        data.update(part)
+        # That of a process which was killed while it wrote is damaged.
+        with contextlib.suppress(CoverageException):
+            part.read()
+            data.update(part)
     return data
 
 

@@ -171,6 +171,29 @@ def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Pat
 
 
 @pytest.mark.appliance
+def test_a_drive_without_a_file_system(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    """And without programs in TMPDIR, where the one is that has qemu in a network of its own."""
+    (tmp_path / "drive").touch()
+    os.truncate(tmp_path / "drive", 1 << 30)
+    run_by = hidden(f"mount -t tmpfs -o noexec,size=1g none {tmp_path}/temporary")
+    arguments: list[str | Path] = [
+        "--drive",
+        tmp_path / "drive",
+        "--isolation",
+        "vm",
+        "--skip-base",
+        "-p",
+        element_dir,
+        "tiny-os",
+    ]
+    run = fail(arguments, output_dir, tmp_path, run_by=run_by)
+    assert run.exit_status == 1
+    assert errors(run)[0].endswith(f"cannot use '{tmp_path}/drive' as helper drive: it has no file system")
+    assert "mkfs.ext4" in hints(run)[0]
+    assert "which is mounted with noexec" in run.stdout + run.stderr
+
+
+@pytest.mark.appliance
 def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     script = "#!/bin/bash\ndd if=/dev/urandom of=/big bs=1M count=300\n"
     make_element(tmp_path / "elements", "big", {"install.d/50-big": script})

@@ -27,6 +27,7 @@ from virt_dib import (
     archives,
     boot,
     boot_cli,
+    builder,
     configuration,
     dib,
     dib_cli,
@@ -353,8 +354,14 @@ tell(connect)
 
 
 @pytest.mark.parametrize("said", ["open(/dev/net/tun): No such file or directory", ""])
-def test_a_program_for_networks_that_fails(first_on_path: Callable[[str, str], Path], said: str) -> None:
-    failing = first_on_path("slirp4netns", f"echo '{said}'; exit 1")
+@pytest.mark.parametrize("name", ["slirp4netns", "pasta"])
+def test_a_program_for_networks_that_fails(
+    first_on_path: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    failing = first_on_path(name, f"echo '{said}'; exit 1")
+    real = tools.find
+    others = {"slirp4netns", "pasta"} - {name}
+    monkeypatch.setattr(tools, "find", lambda asked: None if asked in others else real(asked))
     with tools.started(["true"]) as process:
         # The network of one that has ended has no route.
         process.wait()
@@ -364,6 +371,59 @@ def test_a_program_for_networks_that_fails(first_on_path: Callable[[str, str], P
         f"making a network with '{failing}': {said or 'it does not say why'}",
         "build with --no-network, if it needs none",
     )
+
+
+# ---- files that the host refuses, wherever in a build that is ----
+
+
+def test_an_output_directory_that_goes_in_the_middle_of_a_build(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ToolError) as caught,
+        builder._host_errors(tmp_path / "work", tmp_path / "out"),  # noqa: SLF001
+    ):
+        (tmp_path / "out/file").touch()
+    assert told(caught) == (
+        f"writing the files of the build in '{tmp_path}/out': the directory has been removed meanwhile",
+        "build again, and leave it where it is",
+    )
+
+
+def test_a_disk_of_the_host_that_is_full_in_the_middle_of_a_build(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ToolError) as caught,
+        builder._host_errors(tmp_path / "work", tmp_path),  # noqa: SLF001
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"x")
+    message, hint = told(caught)
+    assert message == f"writing the files of the build in '{tmp_path}' and '{tmp_path}': No space left on device"
+    assert "TMPDIR" in hint
+
+
+def test_what_else_goes_wrong_is_no_matter_of_the_host(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), builder._host_errors(tmp_path, tmp_path):  # noqa: SLF001
+        (tmp_path / "nothing/there").touch()
+
+
+@pytest.mark.parametrize(
+    ("mount", "wanted"),
+    [
+        ("-o size=64k", "ToolError trying --qemu-img-options in '{}': no space left | set TMPDIR to a directory"),
+        ("-o ro", "ToolError trying --qemu-img-options in '{}': Read-only file system | set TMPDIR to a directory"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_no_place_to_try_options_of_qemu_img(tmp_path: Path, mount: str, wanted: str) -> None:
+    code = """
+from virt_dib import formats
+from virt_dib.spec import BuildSpec
+top = Path(sys.argv[1])
+spec = BuildSpec(name="x", output_dir=top, elements=(), qemu_img_options="cluster_size=2M,preallocation=full")
+tell(lambda: formats.check_options(formats.select(["qcow2"]), spec, top / "trial"))
+"""
+    (tmp_path / "there").mkdir()
+    said = in_namespace(f"mount -t tmpfs {mount} none {tmp_path}/there", code, tmp_path / "there")
+    assert said.startswith(wanted.format(tmp_path / "there"))
 
 
 # ---- diskimage-builder ----

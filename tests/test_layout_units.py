@@ -196,6 +196,13 @@ def test_of_several_images_one_is_kept(tmp_path: Path, dib: DibInstallation) -> 
     assert prepared.disk_bytes == (1 << 30) + 1000000000
 
 
+def test_the_size_of_an_image_that_is_none(tmp_path: Path, dib: DibInstallation) -> None:
+    for value in ("0B", "99999999TiB"):
+        text = TWO_IMAGES.replace("1000000000B", value)
+        with pytest.raises(UsageError, match=f"cannot use '{value}' as the size of"):
+            layout.prepare(spec_of({"DIB_BLOCK_DEVICE_CONFIG": text}), [], dib, tmp_path / value)
+
+
 def test_one_image_leaves_nothing_to_discard(tmp_path: Path, dib: DibInstallation) -> None:
     assert layout.prepare(spec_of({}), [], dib, tmp_path / "scratch").discarded == ()
 
