@@ -246,7 +246,7 @@ class Appliance:
     def _start_again(self) -> None:
         """Have a new virtual machine in place of one that has been killed."""
         with shielded():
-            self._caller.submit(self._handle.close).result()
+            self._close_handle()
             self._pid, self._drive_is_open = None, False
             self._handle = self._caller.submit(_handle, self._settings).result()
             self._starting = self._caller.submit(self._start)
@@ -305,11 +305,7 @@ class Appliance:
             if self._drive_is_open and self._running:
                 concurrent.futures.wait([self._caller.submit(self._close_drive)], _DRIVE_TIMEOUT_S)
             self._drive_is_open = False
-            closed = self._caller.submit(self._handle.close)
-            self._kill()
-            while not concurrent.futures.wait([closed], _KILL_INTERVAL_S).done:
-                # libguestfs was starting more processes when the first ones were killed.
-                self._kill()
+            self._close_handle()
             self._running = False
             self._caller.shutdown()
 
@@ -529,6 +525,13 @@ class Appliance:
     ) -> _T:
         """Call libguestfs; *meanwhile* is called again and again."""
         return self._result(self._caller.submit(function, *arguments), doing, timeout_s, meanwhile)
+
+    def _close_handle(self) -> None:
+        closed = self._caller.submit(self._handle.close)
+        self._kill()
+        while not concurrent.futures.wait([closed], _KILL_INTERVAL_S).done:
+            # libguestfs was starting more processes when the first ones were killed.
+            self._kill()
 
     def _result(
         self,
