@@ -165,7 +165,8 @@ import resource
 from pathlib import Path
 from virt_dib.errors import ToolError
 from virt_dib.monitor import BuildMonitor
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
 monitor = BuildMonitor()
 try:
     with monitor.logging(Path({str(tmp_path / "d.log")!r})):
@@ -173,6 +174,7 @@ try:
             monitor.output(b"x" * 99 + b"\\n")
 except ToolError as error:
     print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 """
     result = tools.run([sys.executable, "-c", program], doing="filling the log")
     assert result.stdout.startswith("writing the log '")
