@@ -62,7 +62,7 @@ def measure_programs() -> None:
         environment = options.get("env")
         ours = any(os.fspath(word).startswith(sys.prefix) for word in args)
         if environment is not None and ours and "-I" not in args:
-            options["env"] = environment | {name: os.environ[name] for name in MEASURING if name in os.environ}
+            options["env"] = {name: os.environ[name] for name in MEASURING if name in os.environ} | environment
         real(self, args, **options)
 
     popen.__init__ = begin
