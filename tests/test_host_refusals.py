@@ -13,6 +13,7 @@ import pytest
 
 from virt_dib import elements, log_file, masking, namespaces, ownership, scripts
 from virt_dib.errors import Interrupted
+from virt_dib.interrupts import interrupts
 from virt_dib.terminal_link import Terminal
 
 
@@ -81,3 +82,5 @@ def test_a_terminal_that_has_gone_ends_the_build() -> None:
     os.close(reader)
     with pytest.raises(Interrupted):
         Terminal(reader=reader).read()
+    with interrupts():
+        pass  # and it has not been interrupted any more
