@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from test_host_failures import in_namespace
 from virt_dib import elements, log_file, masking, namespaces, ownership, scripts
 from virt_dib.errors import Interrupted
 from virt_dib.interrupts import interrupts
@@ -74,6 +75,11 @@ def test_a_file_system_without_access_lists_has_none(tmp_path: Path) -> None:
         # The mode of a group that is the user's own counts; the file has gone since.
         if grp.getgrgid(state.st_gid).gr_name == pwd.getpwuid(state.st_uid).pw_name:
             assert ownership._is_own_group(tmp_path / "gone", state)  # noqa: SLF001
+
+
+def test_a_kernel_that_does_not_tell_who_nobody_is() -> None:
+    code = 'from virt_dib import ownership\nprint(ownership._is_of_the_host(os.stat("/")))\n'
+    assert in_namespace("mount --bind /dev/null /proc/sys/kernel/overflowuid", code) == "False\n"
 
 
 def test_a_terminal_that_has_gone_ends_the_build() -> None:

@@ -57,10 +57,7 @@ def is_secret(name: str, value: str) -> bool:
 
 def _is_path(value: str) -> bool:
     path = value.removeprefix("file://")
-    try:
-        return os.path.isabs(path) and os.path.exists(path)
-    except ValueError:
-        return False
+    return os.path.isabs(path) and os.path.exists(path)
 
 
 def shown(name: str, value: str) -> str:
