@@ -27,6 +27,14 @@ from test_troubleshooting import FAULTS
 
 _TEST = re.compile(r"(?P<module>test_\w+)(?:\.py::|\.)(?P<name>\w+(?:::\w+)?)")
 _MOST_NAMES = 2
+UNSEEN = {
+    # test_dib.py has them; their Python has no site directory, and so no coverage.
+    ("dib.py", "looking for the diskimage-builder behind '{command}': '{python}' cannot import {PACKAGE}"),
+    ("dib.py", "looking for the diskimage-builder behind '{command}': it does not name the Python it runs with"),
+    # Two processes would have to fill a pipe at the same moment.
+    ("machine_readable.py", "except BlockingIOError"),
+}
+"""Branches that are no fault of the tests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +109,7 @@ def main() -> int:
             line = f"{path.name}:{branch.line}: {branch.text}"
             print(f"{line}\n    {_named(tests) or ('while modules are loaded' if reached else 'NO TEST')}")
             count += 1
-            if not reached:
+            if not reached and (path.name, branch.text) not in UNSEEN:
                 missed.append(line)
     print(f"\n{count} branches, {len(missed)} of them without a test", *missed, sep="\n")
     return 1 if missed else 0
