@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers import Run, make_element
-from test_failures import errors, fail, nothing_left, output_dir
+from test_failures import errors, fail, hints, nothing_left, output_dir
 from test_isolation import SANDBOX
 from virt_dib import tools
 from virt_dib.staging import MOST_MEMBERS
@@ -33,6 +33,7 @@ def test_a_million_files_beside_an_image(element_dir: Path, output_dir: Path, tm
     run = fail([*SANDBOX, *paths, "tiny-os", "many"], output_dir, tmp_path)
     assert run.exit_status == 1
     assert f"the guest left more than {MOST_MEMBERS} files beside the image" in errors(run)[0]
+    assert hints(run) == ["virt-dib: hint: an element left it there"]
 
 
 @pytest.mark.parametrize("file_system", ["ext4", "xfs"])

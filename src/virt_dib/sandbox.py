@@ -44,6 +44,8 @@ from virt_dib.network import problem as network_problem
 
 _PYTHON = Path("/usr/bin/python3")
 _USUAL_TREE_BYTES = 4 << 30
+_TOO_MANY_STATUS = 4
+"""Of guest/sandbox-split.sh."""
 _TOO_LONG_STATUS = 128 + signal.SIGXFSZ
 """As bash counts it."""
 
@@ -271,7 +273,13 @@ class Sandbox:
         """
         words = [f"{'fill' if part.fillable else 'copy'}:{part.mount_point}" for part in parts]
         arguments = [contract.BUILT, str(staging.MOST_MEMBERS), *words]
-        self._script("sandbox-split.sh", arguments).check("making the build disk")
+        result = self._script("sandbox-split.sh", arguments)
+        if result.exit_status == _TOO_MANY_STATUS:
+            raise ApplianceError(
+                f"the guest left more than {staging.MOST_MEMBERS} files beside the image",
+                hint="an element left it there",
+            )
+        result.check("making the build disk")
         size_kib = staging.BUILD_DISK_BYTES // 1024
         options = staging.build_disk_options()
         self._on_disk(disk, [contract.GUEST, "0", str(size_kib), *options]).check("making the build disk")

@@ -598,7 +598,9 @@ class _Unpacking:
     def _count(self) -> None:
         self._members += 1
         if self._members > self._most_members:
-            raise ApplianceError(f"the guest left more than {self._most_members} files in {self._what}")
+            raise ApplianceError(
+                f"the guest left more than {self._most_members} files in {self._what}", hint="an element left it there"
+            )
 
     def _make_parents(self, path: Path) -> None:
         missing = []
