@@ -31,8 +31,6 @@ UNSEEN = {
     # test_dib.py has them; their Python has no site directory, and so no coverage.
     ("dib.py", "looking for the diskimage-builder behind '{command}': '{python}' cannot import {PACKAGE}"),
     ("dib.py", "looking for the diskimage-builder behind '{command}': it does not name the Python it runs with"),
-    # Two processes would have to fill a pipe at the same moment.
-    ("machine_readable.py", "except BlockingIOError"),
 }
 """Branches that are no fault of the tests."""
 

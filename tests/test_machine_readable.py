@@ -274,6 +274,28 @@ def test_a_pipe_that_does_not_block_gets_long_lines_whole() -> None:
         assert checked(os.read(reader, 1 << 16).decode())[0]["message"] == "x" * 30_000
 
 
+WRITERS = """
+import os
+from virt_dib.machine_readable import Target, open_lines
+
+os.set_blocking(1, False)
+for _ in range(2):
+    os.fork()
+with open_lines(Target(descriptor=1)) as lines:
+    for _ in range(2500):
+        lines.write("x" * 4000 + chr(10))
+"""
+
+
+def test_builds_that_write_to_one_pipe_at_the_same_moment_write_whole_lines() -> None:
+    with tools.started([sys.executable, "-c", WRITERS]) as process:
+        assert process.stdout
+        # All wait until there is room for one line; who comes second finds none.
+        written = b"".join(iter(lambda: os.read(process.stdout.fileno(), 4001), b""))  # type: ignore[union-attr]
+        assert process.wait() == 0
+    assert written == (b"x" * 4000 + b"\n") * 10_000
+
+
 def test_a_descriptor_may_have_any_number() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
