@@ -371,7 +371,8 @@ def test_docker_is_asked_first(containers: Mapping[str, str], tmp_path: Path, mo
     assert first.name == "podman"
     podman_path = tools.require("podman", purpose="run the tests", package="podman")
     service: list[str | Path] = [podman_path, "system", "service", "--time", "0", containers["DOCKER_HOST"]]
-    with tools.started(service, environment=os.environ):
+    # It leaves what it was sent in its temporary directory.
+    with tools.started(service, environment={**os.environ, "TMPDIR": str(tmp_path)}):
         socket = Path(containers["DOCKER_HOST"].removeprefix("unix://"))
         until = time.monotonic() + 60
         while not socket.exists() and time.monotonic() < until:
