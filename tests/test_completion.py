@@ -32,7 +32,8 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
 """
 _ASK_FISH = "source $argv[1]; complete -C $argv[2]"
 _ZSH_SETUP = """\
-PS1=; fpath=({directory} $fpath); autoload -Uz compinit; compinit -u -D; LISTMAX=0; setopt no_list_beep
+PS1=; fpath=({directory} $fpath); autoload -Uz compinit; compinit -u -C -d {directory}/zcompdump
+LISTMAX=0; setopt no_list_beep
 done-line() {{ zle -I; print -r -- "=$BUFFER="; BUFFER= }}; zle -N done-line; bindkey '^Y' done-line
 bindkey '^L' list-choices; print re""ady
 """

@@ -130,7 +130,9 @@ def test_root_d_without_a_tree(output_dir: Path, tmp_path: Path) -> None:
     assert "root.d ended without a root file system in place" in errors(run)[0]
 
 
-@pytest.mark.parametrize("elements", [[], ["block-device-mbr"]], ids=["plain", "mbr"])
+@pytest.mark.parametrize(
+    "elements", [[], pytest.param(["block-device-mbr"], marks=pytest.mark.full)], ids=["plain", "mbr"]
+)
 def test_an_image_too_small_for_the_tree(
     element_dir: Path, output_dir: Path, tmp_path: Path, elements: list[str]
 ) -> None:
@@ -257,7 +259,9 @@ def wait_for_file(directory: Path, pattern: str) -> None:
     pytest.fail(f"no {pattern} in {directory}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM], ids=["HUP", "TERM"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGHUP, marks=pytest.mark.full), signal.SIGTERM], ids=["HUP", "TERM"]
+)
 def test_interrupting_ends_what_writes_the_files(
     element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

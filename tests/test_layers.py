@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,18 @@ def places(page: str) -> dict[str, Place]:
     }
 
 
-def imports(path: Path) -> Iterator[str]:
+def imports(path: Path) -> Sequence[str]:
     """Dotted names of what a file imports, wherever in it: modules, and names in them."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    return _imports(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _imports(text: str) -> Sequence[str]:
+    return tuple(_each_import(ast.parse(text)))
+
+
+def _each_import(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

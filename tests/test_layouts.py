@@ -323,7 +323,7 @@ def described(image: Path, sector_bytes: int) -> list[tuple[str, object]]:
     return found
 
 
-QUICK_LAYOUTS = ("mbr", "efi", "several")
+QUICK_LAYOUTS = ("mbr", "several")
 """Those that each run of the tests builds in both isolations; the others have their turn in 'make test-full'."""
 
 
@@ -364,7 +364,7 @@ def test_how_far_the_root_can_grow(disk: BuildDisk, isolation: str) -> None:
     assert less < MOST_BLOCKS <= most
 
 
-@isolations(*ISOLATIONS)
+@isolations()
 def test_efi(disk: BuildDisk, isolation: str) -> None:
     image = disk("efi", isolation)
     partitions = table(image)["partitions"]
@@ -494,7 +494,7 @@ def test_both_isolations_make_the_same_disk(disk: BuildDisk, layout: str) -> Non
     assert len(vm) == len(sandbox)
 
 
-@isolations("sandbox")
+@isolations()
 def test_size_auto_follows_dibs_rule(element_dir: Path, tmp_path: Path, isolation: str) -> None:
     files_mib = 150
     script = f"#!/bin/bash\nset -e\ndd if=/dev/urandom bs=1M count={files_mib} of=/big\n"
@@ -507,7 +507,7 @@ def test_size_auto_follows_dibs_rule(element_dir: Path, tmp_path: Path, isolatio
     assert ext4.complaints(image) == ""
 
 
-@isolations("sandbox")
+@isolations()
 def test_a_gigabyte_of_files_in_a_large_disk_stays_small(element_dir: Path, tmp_path: Path, isolation: str) -> None:
     write = "dd if=/dev/urandom bs=1M count=1024"
     script = f"#!/bin/bash\nset -e\n{write} of=/big\n{write} of=/gone\nrm /gone\n"
