@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guest answers is looked at before it is used, and what fails there is told with the last words of it.
 
-The guest here is a shell on this host, which answers to each of virt-dib's own programs with what a test has for it.
+The guest here is that of guests.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from guests import Guest
 from helpers import make_element, skip_without
 from virt_dib import events, namespaces, prerequisites, tools
 from virt_dib.appliance import Appliance, Disk
@@ -26,16 +27,13 @@ from virt_dib.break_points import AFTER_ERROR, NO_BREAKS, Breaks
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError, ScriptError
 from virt_dib.image_cache import ImageCache
-from virt_dib.jobs import Event, JobResult, Splitter, Tail
 from virt_dib.monitor import BuildMonitor
 from virt_dib.namespaces import Inside
 from virt_dib.old_disk import OldDisk
 from virt_dib.phases import Phases
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.releases import DiskMaker
-from virt_dib.sandbox import Extent
 from virt_dib.spec import BuildSpec, DropIn, Phase
-from virt_dib.terminal_link import Terminal
 from virt_dib.tree_stage import make_tree
 
 TREE_KIB = 1000
@@ -46,67 +44,6 @@ ANSWERS = {
     "getval:image-block-device": "/dev/loop0",
     "getval:image-block-devices": "/dev/loop0",
 }
-
-
-@dataclass(kw_only=True)
-class Guest:
-    """A place in which a command is whatever bash text there is for its first words; without one it succeeds."""
-
-    directory: Path
-    commands: Mapping[str, str] = field(default_factory=dict)
-    """By the name of a program, or that and its first argument."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """What is read there, by the last part of the path."""
-    phases: frozenset[str] = frozenset()
-    """Those that have scripts."""
-    killed_hint: str = "have a look at the memory"
-
-    def run(
-        self,
-        command: Sequence[str],
-        variables: Mapping[str, str],
-        cwd: str,
-        *,
-        functions: str = "",
-        on_output: Callable[[bytes], None] | None = None,
-        on_event: Callable[[Event], None] | None = None,
-    ) -> JobResult:
-        del variables, cwd, functions
-        words = [Path(word).name for word in command if word not in ("/usr/bin/python3", "-I", "-S")]
-        text = self.commands.get(" ".join(words[:2]), self.commands.get(words[0], ":"))
-        result = tools.run(["/bin/bash", "-c", text], doing="answering", cwd=self.directory, check=False)
-        tail, splitter = Tail(), Splitter(b"T")
-        for piece in splitter.feed((result.stdout + result.stderr).encode()):
-            if isinstance(piece, bytes):
-                (on_output or tail.add)(piece)
-            elif on_event is not None:
-                on_event(piece)
-        return JobResult(exit_status=result.exit_status, tail=tail.text())
-
-    def shell(self, *_: object, terminal: Terminal, **__: object) -> int:
-        """There is none."""
-        del terminal
-        raise ApplianceError("running a shell: it ended without a word")
-
-    def is_directory(self, path: str) -> bool:
-        return Path(path).name in self.phases
-
-    def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
-        return self.files[Path(path).name][:limit_bytes]
-
-    def write(self, path: str, data: bytes) -> None:
-        (self.directory / Path(path).name).write_bytes(data)
-
-    def archive(self, directory: str, target: Path, *, limit_bytes: int) -> None:
-        del limit_bytes
-        tools.run(["tar", "-C", self.directory / Path(directory).name, "-cf", target, "."], doing="packing")
-
-    def fill(self, number: int, disk: Path, extent: Extent, options: Sequence[str]) -> JobResult:
-        """As the sandbox does, which is a guest, too."""
-        return self.run(["mke2fs", str(number), str(disk), str(extent), *options], {}, "/")
-
-    def discard(self) -> None:
-        """As the sandbox."""
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What virt-dib asks the guest between the phases, and answers made up to hurt: an error, or nothing of it.
 
-In the place of an appliance is what one says whose programs are the elements', which can replace all of them.
+The guest here is that of guests.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import pytest
 
+from guests import Guest
 from helpers import make_tiny_os
 from virt_dib.appliance import Appliance, Disk
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError
-from virt_dib.jobs import Event, JobResult
+from virt_dib.jobs import JobResult
 from virt_dib.monitor import BuildMonitor
 from virt_dib.old_disk import OldDisk
 from virt_dib.phases import Phases
@@ -30,42 +33,6 @@ from virt_dib.tree_stage import make_tree
 
 GIB = 1 << 30
 TREE_KIB = 1000
-
-
-@dataclass
-class Guest:
-    """Says it has done what it was asked to; *said* is what a script prints, *files* what is read."""
-
-    said: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    printed: bytes = b""
-
-    def run(
-        self,
-        command: Sequence[str],
-        variables: Mapping[str, str],
-        cwd: str,
-        *,
-        functions: str = "",
-        on_output: Callable[[bytes], None] | None = None,
-        on_event: Callable[[Event], None] | None = None,
-    ) -> JobResult:
-        del variables, cwd, functions, on_event
-        if on_output is not None:
-            on_output(self.printed)
-        words = f"{Path(command[0]).name} {command[1] if len(command) > 1 else ''}"
-        tail = next((text for name, text in self.said.items() if words.startswith(name)), "")
-        return JobResult(exit_status=0, tail=tail)
-
-    def read(self, path: str, *, limit_bytes: int = 1 << 20) -> bytes:
-        return self.files[Path(path).name][:limit_bytes]
-
-    def write(self, path: str, data: bytes) -> None:
-        pass
-
-    def is_directory(self, path: str) -> bool:
-        del path
-        return False
 
 
 @dataclass
@@ -113,17 +80,23 @@ def device(value: object) -> bytes:
     return answers(**{f"getval:image-block-{kind}": value for kind in ("partition", "device")})
 
 
-def make_image(plan: BuildPlan, guest: Guest, filler: Filler | None, archive: Path | None = None) -> Lengths:
+def guest(plan: BuildPlan, answer: bytes, said: Mapping[str, str] = MappingProxyType({})) -> Guest:
+    """One from which *answer* is read, and whose programs print what is *said*."""
+    commands = {program: f"printf %s {shlex.quote(text)}" for program, text in said.items()}
+    files = dict.fromkeys(("answers.json", "tree-size-kib", "device"), answer)
+    return Guest(directory=plan.spec.output_dir, commands=commands, files=files)
+
+
+def make_image(plan: BuildPlan, place: Guest, filler: Filler | None, archive: Path | None = None) -> Lengths:
     phases = Phases({}, BuildMonitor())
     disk = Disk(path=archive, label="archive") if archive is not None else None
-    stage = DiskStage(plan, phases, cast("Appliance", guest), Path("/nowhere"), disk)
+    stage = DiskStage(plan, phases, cast("Appliance", place), Path("/nowhere"), disk)
     return stage.make_image(TREE_KIB, filler)
 
 
 def filled(plan: BuildPlan, places: str = "0 1048576\n", **changes: object) -> Filler:
     filler = Filler()
-    guest = Guest(said={"image-places.sh": places}, files={"answers.json": answers(**changes)})
-    make_image(plan, guest, filler)
+    make_image(plan, guest(plan, answers(**changes), {"image-places.sh": places}), filler)
     return filler
 
 
@@ -155,7 +128,7 @@ JSON = {
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
 def test_answers_that_are_none(plan: BuildPlan, text: bytes) -> None:
     with pytest.raises(ApplianceError, match="reading the answers of dib-block-device: they are not"):
-        make_image(plan, Guest(files={"answers.json": text}), None)
+        make_image(plan, guest(plan, text), None)
 
 
 MOUNTS: dict[str, object] = {
@@ -211,11 +184,10 @@ def test_places_on_the_disk_that_cannot_be(plan: BuildPlan, places: str) -> None
 def test_lengths_of_an_archive_that_cannot_be(plan: BuildPlan, tmp_path: Path, said: str) -> None:
     archive = tmp_path / "tree.tar"
     archive.write_bytes(bytes(1 << 20))
-    guest = Guest(said={"tree.sh archive": said}, files={"answers.json": answers()})
     with pytest.raises(ApplianceError, match="archiving the tree: the guest does not say how long the archive is"):
-        make_image(plan, guest, None, archive)
-    guest = replace(guest, said={"tree.sh archive": f"{said}\n1234\n"})
-    assert make_image(plan, guest, None, archive).archive_bytes == 1234
+        make_image(plan, guest(plan, answers(), {"tree.sh archive": said}), None, archive)
+    good = guest(plan, answers(), {"tree.sh archive": f"{said}\n1234\n"})
+    assert make_image(plan, good, None, archive).archive_bytes == 1234
 
 
 @pytest.mark.parametrize(
@@ -223,12 +195,11 @@ def test_lengths_of_an_archive_that_cannot_be(plan: BuildPlan, tmp_path: Path, s
 )
 def test_sizes_of_a_tree_that_cannot_be(plan: BuildPlan, size: bytes) -> None:
     with pytest.raises(ApplianceError, match="measuring the tree: "):
-        make_tree(plan, Phases({}, BuildMonitor()), cast("Appliance", Guest(files={"tree-size-kib": size})))
+        make_tree(plan, Phases({}, BuildMonitor()), cast("Appliance", guest(plan, size)))
 
 
 def test_a_size_of_a_tree_that_can_be(plan: BuildPlan) -> None:
-    guest = Guest(files={"tree-size-kib": b"1000\n"})
-    assert make_tree(plan, Phases({}, BuildMonitor()), cast("Appliance", guest)) == 1000
+    assert make_tree(plan, Phases({}, BuildMonitor()), cast("Appliance", guest(plan, b"1000\n"))) == 1000
 
 
 # ---- where releases of diskimage-builder have no dib-block-device ----
@@ -241,7 +212,7 @@ DEVICES = ["", "sda", "/etc/shadow", "/dev/", "/dev/a b", "/dev/$(id)", "/dev/a;
 def test_devices_that_are_none(plan: BuildPlan, device: str) -> None:
     rules = replace(plan.dib.rules, disk_maker=DiskMaker.SCRIPTS)
     old = replace(plan, dib=replace(plan.dib, rules=rules))
-    guest = Guest(files={"device": device.encode("latin-1")})
+    place = cast("Appliance", guest(plan, device.encode("latin-1")))
     with pytest.raises(ApplianceError, match="is not the name of a device") as caught:
-        OldDisk(old, Phases({}, BuildMonitor()), cast("Appliance", guest)).partition(plan.facts, TREE_KIB)
+        OldDisk(old, Phases({}, BuildMonitor()), place).partition(plan.facts, TREE_KIB)
     assert "\x1b" not in str(caught.value)
