@@ -249,7 +249,7 @@ def test_a_thread_that_has_ended_has_no_children() -> None:
     assert thread.native_id is not None
     while Path(f"/proc/self/task/{thread.native_id}").exists():
         time.sleep(0.01)
-    assert appliance._children(thread.native_id) == set()  # noqa: SLF001 - libguestfs's thread may end like that
+    assert appliance._children(thread.native_id) == set()
 
 
 # ---- what the appliance is made of ----
@@ -307,7 +307,7 @@ def test_a_part_of_the_sandbox_is_missing(
         assert in_namespace(hide(library), code).splitlines() == [message]
         return
     monkeypatch.setattr(sandbox, "_PYTHON", tmp_path / "python3")
-    (problem,) = sandbox._library_problems()  # noqa: SLF001 - all of them need namespaces, too
+    (problem,) = sandbox._library_problems()
     assert problem.message == message.replace("/usr/bin", str(tmp_path))
 
 
@@ -317,7 +317,7 @@ def test_memory_without_attributes_is_not_taken() -> None:
 
 
 def test_a_setting_that_the_kernel_does_not_have(tmp_path: Path) -> None:
-    assert sandbox._setting(tmp_path / "none") is None  # noqa: SLF001 - which there are depends on the kernel
+    assert sandbox._setting(tmp_path / "none") is None
 
 
 # ---- networks ----
@@ -379,7 +379,7 @@ def test_a_program_for_networks_that_fails(
 def test_an_output_directory_that_goes_in_the_middle_of_a_build(tmp_path: Path) -> None:
     with (
         pytest.raises(ToolError) as caught,
-        builder._host_errors(tmp_path / "work", tmp_path / "out"),  # noqa: SLF001
+        builder._host_errors(tmp_path / "work", tmp_path / "out"),
     ):
         (tmp_path / "out/file").touch()
     assert told(caught) == (
@@ -391,7 +391,7 @@ def test_an_output_directory_that_goes_in_the_middle_of_a_build(tmp_path: Path) 
 def test_a_disk_of_the_host_that_is_full_in_the_middle_of_a_build(tmp_path: Path) -> None:
     with (
         pytest.raises(ToolError) as caught,
-        builder._host_errors(tmp_path / "work", tmp_path),  # noqa: SLF001
+        builder._host_errors(tmp_path / "work", tmp_path),
         open("/dev/full", "wb", buffering=0) as full,
     ):
         full.write(b"x")
@@ -401,7 +401,7 @@ def test_a_disk_of_the_host_that_is_full_in_the_middle_of_a_build(tmp_path: Path
 
 
 def test_what_else_goes_wrong_is_no_matter_of_the_host(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), builder._host_errors(tmp_path, tmp_path):  # noqa: SLF001
+    with pytest.raises(FileNotFoundError), builder._host_errors(tmp_path, tmp_path):
         (tmp_path / "nothing/there").touch()
 
 
@@ -434,7 +434,7 @@ def test_none_for_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     if tools.find("disk-image-create") is not None:
         pytest.skip("the command is installed on this host")
-    check = prerequisites._dib()  # noqa: SLF001 - the rest of the doctor's checks takes long
+    check = prerequisites._dib()
     assert (check.ok, check.required) == (False, True)
     assert check.detail == "diskimage-builder not found, needed to build images"
     assert "pip install diskimage-builder" in (check.hint or "")
@@ -444,7 +444,7 @@ def test_a_python_of_the_system_that_cannot_be_started(tmp_path: Path, monkeypat
     (tmp_path / "python3").touch(mode=0o644)
     monkeypatch.setattr(prerequisites, "_SYSTEM_PYTHON", tmp_path / "python3")
     monkeypatch.setitem(sys.modules, "guestfs", None)
-    hint = prerequisites._binding(prerequisites.Host.here().distribution).hint or ""  # noqa: SLF001 - as above
+    hint = prerequisites._binding(prerequisites.Host.here().distribution).hint or ""
     assert f"'{tmp_path}/python3' has it" not in hint
     assert "install" in hint
 
@@ -461,7 +461,7 @@ def test_a_broken_package(tmp_path: Path, first_on_path: Callable[[str, str], Pa
 
 
 def test_a_command_that_may_be_run_and_not_read(tmp_path: Path) -> None:
-    assert dib._interpreter_of(tmp_path) is None  # noqa: SLF001 - root reads what others may not
+    assert dib._interpreter_of(tmp_path) is None
 
 
 def test_a_python_without_what_dib_block_device_needs(tmp_path: Path) -> None:
@@ -544,7 +544,7 @@ print(check.ok, check.required, check.detail, check.hint)
 
 
 def test_no_firmware() -> None:
-    places = {str(Path(name).parent) for pair in boot._FIRMWARE_FILES for name in pair}  # noqa: SLF001 - all of them
+    places = {str(Path(name).parent) for pair in boot._FIRMWARE_FILES for name in pair}
     setup = "; ".join(f"mount -t tmpfs none {place}" for place in sorted(places) if os.path.isdir(place)) or ":"
     first, second = in_namespace(setup, FIRMWARE).splitlines()
     message = "the UEFI firmware OVMF not found, needed to boot an image by UEFI"
@@ -769,14 +769,14 @@ def test_a_cache_that_cannot_be_made(
 def test_a_cache_around_the_home(tmp_path: Path, cache: str, why: str) -> None:
     (tmp_path / "home").mkdir()
     with pytest.raises(UsageError) as caught:
-        extra_data._make_cache(tmp_path / cache, str(tmp_path / "home"))  # noqa: SLF001 - what is around needs more
+        extra_data._make_cache(tmp_path / cache, str(tmp_path / "home"))
     assert told(caught)[0].endswith(f": {why}")
 
 
 def test_a_cache_of_extra_data_that_cannot_be_made(tmp_path: Path) -> None:
     cache = tmp_path / ("x" * 300)
     with pytest.raises(UsageError) as caught:
-        extra_data._make_cache(cache, str(tmp_path / "home"))  # noqa: SLF001 - as above
+        extra_data._make_cache(cache, str(tmp_path / "home"))
     assert told(caught) == (
         f"making the image cache '{cache}': File name too long",
         "give a directory that you can write",
@@ -959,7 +959,7 @@ def test_links_of_a_command_from_elsewhere(
 def test_a_link_that_nobody_reads_holds_what_is_to_be_written() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        link = terminal_link._Link(ours)  # noqa: SLF001 - relay asks before it writes
+        link = terminal_link._Link(ours)
         link.put(b"d", b"x" * 4_000_000)
         whole = link.waiting
         for _ in range(1000):

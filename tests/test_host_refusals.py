@@ -23,16 +23,16 @@ def test_a_path_that_no_file_can_have_is_no_path() -> None:
 
 
 def test_what_cannot_be_read_begins_with_nothing(tmp_path: Path) -> None:
-    assert scripts._beginning(tmp_path, 10) == b""  # noqa: SLF001
-    assert scripts._beginning(tmp_path / "nothing", 10) == b""  # noqa: SLF001
+    assert scripts._beginning(tmp_path, 10) == b""
+    assert scripts._beginning(tmp_path / "nothing", 10) == b""
 
 
 def test_no_list_of_subordinate_ids_is_an_empty_one(tmp_path: Path) -> None:
-    assert list(namespaces._entries(tmp_path / "subuid")) == []  # noqa: SLF001
+    assert list(namespaces._entries(tmp_path / "subuid")) == []
 
 
 def test_a_program_that_has_gone_has_no_capabilities(tmp_path: Path) -> None:
-    assert not namespaces._has_capabilities(tmp_path / "newuidmap")  # noqa: SLF001
+    assert not namespaces._has_capabilities(tmp_path / "newuidmap")
 
 
 def test_a_file_without_locks_is_free(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_file_without_locks_is_free(tmp_path: Path) -> None:
     # Of such a descriptor the kernel locks nothing.
     descriptor = os.open(tmp_path / "log", os.O_PATH)
     try:
-        assert log_file._try_lock(descriptor)  # noqa: SLF001
+        assert log_file._try_lock(descriptor)
     finally:
         os.close(descriptor)
 
@@ -48,7 +48,7 @@ def test_a_file_without_locks_is_free(tmp_path: Path) -> None:
 def test_a_log_that_somebody_else_has_made_meanwhile_stays(tmp_path: Path) -> None:
     for name in ("log", "partial"):
         (tmp_path / name).write_text(name)
-    assert not log_file._link(tmp_path / "partial", tmp_path / "log")  # noqa: SLF001
+    assert not log_file._link(tmp_path / "partial", tmp_path / "log")
     assert (tmp_path / "log").read_text() == "log"
 
 
@@ -58,7 +58,7 @@ def test_a_file_system_without_links_gets_its_log(tmp_path: Path, monkeypatch: p
 
     (tmp_path / "partial").write_text("log")
     monkeypatch.setattr(os, "link", refuse)
-    assert log_file._link(tmp_path / "partial", tmp_path / "log")  # noqa: SLF001
+    assert log_file._link(tmp_path / "partial", tmp_path / "log")
     assert (tmp_path / "log").read_text() == "log"
     assert not (tmp_path / "partial").exists()
 
@@ -74,7 +74,7 @@ def test_a_file_system_without_access_lists_has_none(tmp_path: Path) -> None:
     with contextlib.suppress(KeyError):
         # The mode of a group that is the user's own counts; the file has gone since.
         if grp.getgrgid(state.st_gid).gr_name == pwd.getpwuid(state.st_uid).pw_name:
-            assert ownership._is_own_group(tmp_path / "gone", state)  # noqa: SLF001
+            assert ownership._is_own_group(tmp_path / "gone", state)
 
 
 def test_a_kernel_that_does_not_tell_who_nobody_is() -> None:

@@ -290,8 +290,9 @@ with open_lines(Target(descriptor=1)) as lines:
 def test_builds_that_write_to_one_pipe_at_the_same_moment_write_whole_lines() -> None:
     with tools.started([sys.executable, "-c", WRITERS]) as process:
         assert process.stdout
+        descriptor = process.stdout.fileno()
         # All wait until there is room for one line; who comes second finds none.
-        written = b"".join(iter(lambda: os.read(process.stdout.fileno(), 4001), b""))  # type: ignore[union-attr]
+        written = b"".join(iter(lambda: os.read(descriptor, 4001), b""))
         assert process.wait() == 0
     assert written == (b"x" * 4000 + b"\n") * 10_000
 
