@@ -241,6 +241,14 @@ def test_the_systems_directory_unless_a_variable_names_others() -> None:
         assert looked_for == ["/h/.config/virt-dib/config.toml", "/etc/xdg/virt-dib/config.toml"]
 
 
+def test_the_memory_of_libguestfs_comes_after_all_else(surroundings: dict[str, str], user: Path) -> None:
+    assert in_force(surroundings)["memsize"][1] == "default"
+    surroundings["LIBGUESTFS_MEMSIZE"] = "3000"
+    assert in_force(surroundings)["memsize"] == ("3000", "LIBGUESTFS_MEMSIZE")
+    file = write(user, "memsize = 4000\n")
+    assert in_force(surroundings)["memsize"] == ("4000", f"{file}:1")
+
+
 def test_the_settings_of_libguestfs_come_before_the_variable(surroundings: dict[str, str]) -> None:
     surroundings |= {"VIRT_DIB_KVM": "on", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
     assert in_force(surroundings)["kvm"] == ("off", "LIBGUESTFS_BACKEND_SETTINGS")

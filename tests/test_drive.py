@@ -19,7 +19,7 @@ import pytest
 from helpers import ExtFiles, Run, files_in_image, make_element, make_tiny_os, virt_dib
 from virt_dib import plan, staging, tools
 from virt_dib.appliance import Disk, Settings, open_appliance
-from virt_dib.drive import Drive, held, inspect
+from virt_dib.drive import Drive, held, inspect, note_format
 from virt_dib.errors import Interrupted, UsageError
 from virt_dib.supermin import cache_dir
 
@@ -154,8 +154,11 @@ def test_a_raw_drive_does_not_become_another_format_by_what_is_written_into_it(t
         os.setxattr(path, "user.virt-dib", b"")
     except OSError:
         pytest.skip("no attributes of users here")
-    with held(inspect(path, None)):
-        pass
+    drive = inspect(path, None)
+    with held(drive):
+        # Not before it has turned out to be good.
+        assert os.listxattr(path) == ["user.virt-dib"]
+        note_format(drive)
     patch(path, 0, to_qcow2(ext4_drive(tmp_path / "other")).read_bytes()[:512])
     assert refusal(path) == "it was raw when a build used it last, and looks like qcow2 now"
     assert inspect(path, "raw") == Drive(path, "raw")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import signal
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Run, make_element, skip_without, virt_dib
+from helpers import Run, files_in_image, make_element, skip_without, virt_dib
 from virt_dib import api, events, staging, tools
 from virt_dib.errors import ToolError
 from virt_dib.spec import Phase
@@ -231,6 +232,39 @@ def test_outputs_that_are_not_complete(
     assert "No space left on device" in errors(run)[0]
     found = listing.read_text().split()
     assert [re.sub(r"(?<=raw\.)\w+", "*", name) for name in sorted(found)] == left
+
+
+@pytest.mark.appliance
+@pytest.mark.option("--no-delete-on-failure")
+@pytest.mark.parametrize(
+    ("phase", "isolation", "kept"),
+    [
+        (Phase.INSTALL, "sandbox", ["build"]),
+        pytest.param(Phase.INSTALL, "vm", ["build"], marks=pytest.mark.full),
+        (Phase.FINALISE, "sandbox", ["build", "raw"]),
+        pytest.param(Phase.FINALISE, "vm", ["build", "raw"], marks=pytest.mark.full),
+    ],
+)
+def test_the_disks_of_a_build_whose_script_fails_can_be_kept(
+    element_dir: Path, output_dir: Path, tmp_path: Path, phase: Phase, isolation: str, kept: Sequence[str]
+) -> None:
+    skip_without(isolation)
+    script = "#!/bin/bash\necho so far >/made\nsync /made\nexit 9\n"
+    make_element(tmp_path / "elements", "bad", {f"{phase.directory}/50-bad": script})
+    directory = tmp_path / "kept"
+    directory.mkdir()
+    options: list[str | Path] = ["--isolation", isolation, "--no-delete-on-failure", "--name", directory / "disk"]
+    options += ["--skip-base", "--size", "200M", "-p", element_dir, "-p", tmp_path / "elements"]
+    run = fail([*options, "tiny-os", "bad"], output_dir, tmp_path)
+    found = {path.name.split(".")[-3]: path for path in directory.glob(".disk.*.partial")}
+    assert sorted(found) == kept
+    assert run.stdout.count("kept: ") == len(kept)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in found.values())
+    if "raw" in found:
+        tools.run(["e2fsck", "-p", found["raw"]], doing="replaying the journal", check=False)
+        assert files_in_image(found["raw"]).text("/made") == "so far\n"
+    else:
+        assert files_in_image(found["build"]).text("/build/mnt/made") == "so far\n"
 
 
 @pytest.mark.parametrize(

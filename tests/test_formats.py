@@ -94,9 +94,10 @@ def test_zstd_is_tried_with_the_options(tmp_path: Path) -> None:
     check_options(["qcow2"], "compat=0.10", tmp_path / "scratch", compression="zstd", compress=False)
 
 
-def test_a_data_file_is_not_overwritten_by_the_trial(tmp_path: Path) -> None:
+def test_a_data_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("precious")
-    check_options(["qcow2"], f"compat=1.1,data_file={tmp_path}/data", tmp_path / "scratch")
+    with pytest.raises(UsageError, match="for qcow2: an image with a data file is more than one file"):
+        check_options(["qcow2"], f"compat=1.1,data_file={tmp_path}/data", tmp_path / "scratch")
     assert (tmp_path / "data").read_text() == "precious"
 
 
@@ -136,6 +137,27 @@ def test_what_is_written_is_what_the_disk_holds(disk: Path, compress: bool) -> N
                 [qemu_img(), "check", "-f", output.qemu_name, path], doing="checking", check=output.name != "vhdx"
             )
     assert (written["qcow2"].stat().st_size < disk.stat().st_size // 2) == compress
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        # The manual's own example: qemu-img makes no compressed image of it.
+        ("cluster_size=512,preallocation=metadata", ["qcow2: not compressed, since"]),
+        ("preallocation=full", ["qcow2: not compressed, since"]),
+        ("preallocation=off", []),
+    ],
+)
+def test_clusters_that_are_allocated_before_are_not_compressed(
+    disk: Path, tmp_path: Path, options: str, said: Sequence[str]
+) -> None:
+    check_options(["qcow2"], options, tmp_path / "scratch", compression="zstd")
+    outputs, spec = formats.select(["qcow2", "raw"]), asking(qemu_img_options=options)
+    assert [text[: len("qcow2: not compressed, since")] for text in formats.choices(outputs, spec)] == said
+    written = write(disk, ["qcow2"], qemu_img_options=options)["qcow2"]
+    tools.run([qemu_img(), "compare", "-f", "raw", "-F", "qcow2", disk, written], doing="comparing")
+    compressed = written.stat().st_size < disk.stat().st_size // 2
+    assert compressed == (not said)
 
 
 def test_a_vhd_is_what_azure_takes(disk: Path) -> None:

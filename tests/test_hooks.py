@@ -323,12 +323,18 @@ def test_excluded_scripts_are_left_out_whichever_element_has_them(tmp_path: Path
     one = make_element(
         tmp_path,
         "one",
-        {"install.d/50-out": "", "root.d/50-out": "", "install.d/50-in": "", "environment.d/50-out": ""},
-    )
+        {"install.d/50-out": "", "root.d/50-out": "", "install.d/50-in": "", "environment.d/50-out": "",
+         "install.d/one-source-install/50-out": "", "install.d/one-source-install/60-in": "", "lib/sub/50-out": ""},
+    )  # fmt: skip
     two = make_element(tmp_path, "two", {"install.d/50-out": "", "bin/50-out": "", "cleanup.d/50-out": "data"})
     (two / "cleanup.d" / "50-out").chmod(0o644)
+    (one / "install.d" / "one-source-install" / "50-out").chmod(0o755)
     tree = merged(tmp_path, one, two, excluded=["50-out"])
-    assert set(tree.owners) == {"install.d/50-in", "environment.d/50-out", "bin/50-out", "cleanup.d/50-out"}
+    assert set(tree.owners) == {
+        "install.d/50-in", "environment.d/50-out", "bin/50-out", "cleanup.d/50-out",
+        # The element install-types links what is in it to install.d.
+        "install.d/one-source-install/60-in", "lib/sub/50-out",
+    }  # fmt: skip
 
 
 def test_a_read_only_directory_can_be_merged_and_removed(tmp_path: Path) -> None:

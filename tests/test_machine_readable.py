@@ -210,6 +210,17 @@ def test_an_unknown_option_without_elements_is_an_error_not_an_answer(tmp_path: 
     assert [event["event"] for event in checked(run.stdout)] == ["build-started", "error", "build-failed"]
 
 
+def test_settings_that_are_wrong_are_no_matter_to_the_question(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("memsize = [\n")
+    environment = {**os.environ, "VIRT_DIB_CONFIG": str(tmp_path / "config.toml"), "VIRT_DIB_WAT": "1"}
+    command = [sys.executable, "-m", "virt_dib", "--machine-readable"]
+    asked = tools.run(command, doing="asking", environment=environment, cwd=tmp_path)
+    assert asked.stdout.splitlines() == FEATURES
+    build = tools.run([*command, "tiny-os"], doing="asking", environment=environment, cwd=tmp_path, check=False)
+    assert build.exit_status == 2
+    assert all(word in build.stderr for word in ("config.toml", "VIRT_DIB_WAT"))
+
+
 # ---- where it goes ----
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from helpers import TESTS, make_element
-from virt_dib import plan, prerequisites, tools
+from virt_dib import environment, plan, prerequisites, tools
 from virt_dib.errors import Problem, UsageError, VirtDibError
 from virt_dib.plan import BuildPlan, make_plan
-from virt_dib.spec import BuildSpec
+from virt_dib.spec import BuildSpec, Phase
 
 
 @pytest.fixture
@@ -68,6 +68,24 @@ def spec_in(place: Path, **more: object) -> BuildSpec:
 
 def planned(place: Path, environment: Mapping[str, str] | None = None, **more: object) -> BuildPlan:
     return make_plan(spec_in(place, **more), place / "work", host_environment=environment or {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables", "seen"),
+    [
+        ({}, {}, {"DIB_OFFLINE": "", "DIB_CHECKSUM": "0"}),
+        ({}, {"DIB_OFFLINE": "1", "DIB_CHECKSUM": "md5"}, {"DIB_OFFLINE": "1", "DIB_CHECKSUM": "md5"}),
+        ({"network": False}, {"DIB_OFFLINE": ""}, {"DIB_OFFLINE": "1"}),
+        ({"checksums": ("md5",)}, {"DIB_CHECKSUM": "0"}, {"DIB_CHECKSUM": "1"}),
+        ({"checksums": ("md5",)}, {"DIB_CHECKSUM": "md5"}, {"DIB_CHECKSUM": "md5"}),
+    ],
+)
+def test_an_option_counts_where_a_variable_says_otherwise(
+    place: Path, fields: Mapping[str, object], variables: Mapping[str, str], seen: Mapping[str, str]
+) -> None:
+    facts = make_plan(spec_in(place, variables=variables, **fields), place / "work", host_environment={}).facts
+    for phase in (Phase.ROOT, Phase.INSTALL, Phase.CLEANUP):
+        assert environment.for_phase(facts, phase).items() >= seen.items()
 
 
 def planned_again(place: Path, **more: object) -> BuildPlan:
@@ -188,7 +206,7 @@ import sys
 from pathlib import Path
 from virt_dib import plan, prerequisites
 from virt_dib.errors import VirtDibError
-from virt_dib.spec import BuildSpec
+from virt_dib.spec import BuildSpec, Phase
 place = Path(sys.argv[1])
 prerequisites.require_prerequisites = list
 spec = BuildSpec(name="x", output_dir=Path(sys.argv[3]), elements=("one",), element_paths=(place / "elements",),

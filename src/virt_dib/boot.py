@@ -24,6 +24,7 @@ from pathlib import Path
 from virt_dib import kvm, tools
 from virt_dib.disk_images import HEAD_BYTES, format_by, qcow2_header
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
+from virt_dib.files import temp_dir
 from virt_dib.plain_text import Sanitiser
 
 FORMATS = ("raw", "qcow2")
@@ -329,7 +330,7 @@ def _quoted(path: Path) -> str:
 
 @contextlib.contextmanager
 def _private_dir() -> Iterator[Path]:
-    parent = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - the directory made there is private
+    parent = temp_dir()
     try:
         made = tempfile.TemporaryDirectory(prefix="virt-dib-boot-", dir=parent, ignore_cleanup_errors=True)
     except OSError as error:

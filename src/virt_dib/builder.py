@@ -277,7 +277,7 @@ class _Build:
             if self._archive_disk is not None:
                 _make_sparse(self._archive_disk.path, staging.BUILD_DISK_BYTES)
             stages = self._in_sandbox if in_sandbox else self._in_appliance
-            with stages(verdict) as (appliance, lengths):
+            with self._disks_kept(outputs), stages(verdict) as (appliance, lengths):
                 for text in outputs.add(appliance):
                     self._monitor.warning(text)
                 self._keep_log(appliance)
@@ -296,7 +296,7 @@ class _Build:
 
     def _write(self, outputs: Outputs) -> None:
         """The output files, and their checksums, beside their names."""
-        for choice in formats.choices(self._plan.formats):
+        for choice in formats.choices(self._plan.formats, self._plan.spec):
             self._monitor.message(choice)
         archive = None if self._archive_disk is None else self._archive_disk.path
         with self._phases.step(f"writing {', '.join(output.name for output in self._plan.formats)}"):
@@ -394,6 +394,8 @@ class _Build:
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance = self._start_appliance(stack, verdict)
                 appliance.prepare()
+            if self._plan.drive is not None:
+                drive.note_format(self._plan.drive)
             stage = DiskStage(self._plan, self._phases, appliance, self._image_disk.path, self._archive_disk)
             open_host = None if host is None else functools.partial(self._host_with_copy, host, appliance)
             try:
@@ -401,8 +403,33 @@ class _Build:
                 lengths = stage.make_image(tree_kib, None)
             except VirtDibError:
                 self._keep_log(appliance)
+                self._write_disks(appliance)
                 raise
             yield appliance, lengths
+
+    @contextlib.contextmanager
+    def _disks_kept(self, outputs: Outputs) -> Iterator[None]:
+        """If the user wants that, put the disks of a build that fails beside its log (--no-delete-on-failure)."""
+        try:
+            yield
+        except VirtDibError:
+            if not self._plan.spec.delete_on_failure:
+                for disk, kind in ((self._build_disk, "build"), (self._image_disk, "raw")):
+                    self._keep_disk(disk.path, kind, outputs)
+            raise
+
+    def _keep_disk(self, disk: Path, kind: str, outputs: Outputs) -> None:
+        try:
+            if disk.stat().st_blocks > 0:
+                self._monitor.message(f"kept: {outputs.keep(disk, kind)}")
+        except OSError as error:
+            self._monitor.warning(f"the disk '{kind}' of the build cannot be kept: {reason_of(error)}")
+
+    def _write_disks(self, appliance: Appliance) -> None:
+        """Before a build ends that has failed, for those who keep its disks."""
+        if not self._plan.spec.delete_on_failure:
+            with contextlib.suppress(ApplianceError):  # its own, for the build has one already
+                appliance.stop()
 
     def _keep_log(self, appliance: Appliance) -> None:
         """On the helper drive; never a reason to end a build."""
@@ -432,7 +459,13 @@ class _Build:
                     extra_data.open_host, host, extra_data.Content(directory=box.directory, ids=box.ids)
                 )
             )
-            tree_kib = make_tree(plan, self._phases, box, meanwhile=appliance.check_starting, open_host=open_host)
+            try:
+                tree_kib = make_tree(plan, self._phases, box, meanwhile=appliance.check_starting, open_host=open_host)
+            except VirtDibError:
+                if not plan.spec.delete_on_failure:
+                    with contextlib.suppress(ApplianceError):  # as above
+                        box.make_build_disk(self._build_disk.path)
+                raise
             with self._phases.step(_MAKING_BUILD_DISK):
                 box.make_build_disk(self._build_disk.path, plan.layout.parts)
             if not plan.layout.parts:
@@ -440,7 +473,12 @@ class _Build:
             with self._phases.step(_STARTING_APPLIANCE):
                 appliance.prepare()
             stage = DiskStage(plan, self._phases, appliance, self._image_disk.path, self._archive_disk)
-            yield appliance, stage.make_image(tree_kib, box if plan.layout.parts else None)
+            try:
+                lengths = stage.make_image(tree_kib, box if plan.layout.parts else None)
+            except VirtDibError:
+                self._write_disks(appliance)
+                raise
+            yield appliance, lengths
 
     def _host(self) -> extra_data.Host | None:
         """The host to run extra-data.d on, if that is wanted."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -80,7 +81,7 @@ def _run(command: CommandLine) -> int:
         listeners: list[Listener] = [stack.enter_context(display)]
         if target is not None:
             lines = stack.enter_context(open_lines(target))
-            if not command.spec.elements and not command.problems:
+            if _asks_for_features(command):
                 lines.write(features())
                 return 0
             listeners.append(lines)
@@ -93,6 +94,13 @@ def _run(command: CommandLine) -> int:
     if not options.quiet:
         write_out(people, "\n" + summary(report))
     return 0
+
+
+def _asks_for_features(command: CommandLine) -> bool:
+    """Whether there are no elements. What is wrong with settings from elsewhere is no matter then."""
+    if command.spec.elements:
+        return False
+    return not command.problems or not parse(command.spec.arguments, {"VIRT_DIB_CONFIG": os.devnull}).problems
 
 
 def _list_elements(command: CommandLine) -> int:

@@ -31,6 +31,7 @@ else:
 PREFIX = "VIRT_DIB_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
 ENVIRONMENT_VARIABLE = f"{PREFIX}ENVIRONMENT"
+_LIBGUESTFS_MEMORY = "LIBGUESTFS_MEMSIZE"
 """For the drop-ins alone (docs/drop-in.md): where there is no environment to pass on, it means nothing."""
 _FILE_KEY = "config"
 COMMAND_LINE = "command line"
@@ -122,6 +123,7 @@ def settings(environ: Mapping[str, str], config: str | None = None) -> Settings:
     search = _Search(environ)
     search.look_at_variables()
     search.look_at_files(config)
+    search.look_at_libguestfs()
     return Settings(values=search.values, problems=tuple(search.problems), files=search.files)
 
 
@@ -220,6 +222,12 @@ class _Search:
                     self._take(file, text)
             except UsageError as error:
                 self.problems += error.problems
+
+    def look_at_libguestfs(self) -> None:
+        """Take what its own variable says; --kvm has one, too, which is looked at first."""
+        memory = self._environ.get(_LIBGUESTFS_MEMORY)
+        if memory:
+            self.values.setdefault("memory", Value(memory, _LIBGUESTFS_MEMORY))
 
     def _take(self, file: Path, text: str) -> None:
         content = _parse(file, text)

@@ -73,7 +73,7 @@ OPTIONS = (
     _value("--qemu-img-options", "qemu_img_options", "LIST", "options for qemu-img convert -o"),
     _value("--root-label", "root_label", "LABEL", "label of the root file system (default: cloudimg-rootfs)"),
     _value("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
-    _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
+    _value("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
     _value("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
     _value("--config", "config", "FILE", "take settings of virt-dib from FILE, not from virt-dib/config.toml"),
     _flag("-h --help", "help", "print this"),

@@ -68,7 +68,7 @@ def inspect(path: Path, wanted: str | None) -> Drive:
 
 @contextlib.contextmanager
 def held(drive: Drive | None) -> Iterator[None]:
-    """Keep other builds from *drive*, if there is one, and note its format.
+    """Keep other builds from *drive*, if there is one.
 
     Raises:
         UsageError: another build has it.
@@ -87,11 +87,15 @@ def held(drive: Drive | None) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _in_use(drive.path, "another build") from error
-        with contextlib.suppress(OSError):
-            os.setxattr(descriptor, _NOTE, drive.format.encode())
         yield
     finally:
         os.close(descriptor)
+
+
+def note_format(drive: Drive) -> None:
+    """Note the format of *drive* beside it, before elements can write anything into it."""
+    with contextlib.suppress(OSError):
+        os.setxattr(drive.path, _NOTE, drive.format.encode())
 
 
 # ---- what is there ----

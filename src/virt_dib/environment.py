@@ -188,6 +188,18 @@ def _image_size(facts: Facts, phase: Phase) -> str | None:
     return f"{facts.spec.size_bytes / 1024**3:g}"
 
 
+def _offline(facts: Facts, _phase: Phase) -> str:
+    return facts.spec.variables.get("DIB_OFFLINE", "") if facts.spec.network else "1"
+
+
+def _checksum(facts: Facts, _phase: Phase) -> str:
+    """The user's value, which may name kinds, unless that says there are none and an option that there are."""
+    given = facts.spec.variables.get("DIB_CHECKSUM")
+    if facts.spec.checksums:
+        return given if given not in (None, "", "0") else "1"
+    return given if given is not None else "0"
+
+
 def _once_known(get: Callable[[Facts], str | None]) -> Callable[[Facts, Phase], str | None]:
     return lambda facts, phase: get(facts) if phase in _OF_THE_DISK else None
 
@@ -281,8 +293,8 @@ _TABLE: tuple[_Variable, ...] = (
     _Variable("IMAGE_ELEMENT_YAML", lambda facts, _: yaml.safe_dump(dict(facts.element_dirs))),
     _Variable("DIB_IMAGE_CACHE", _image_cache, user_wins=True),
     _Variable("DIB_LOCKFILES", _always(f"{HOME}/.cache/dib/lockfiles"), user_wins=True),
-    _Variable("DIB_OFFLINE", lambda facts, _: "" if facts.spec.network else "1", user_wins=True),
-    _Variable("DIB_CHECKSUM", lambda facts, _: "1" if facts.spec.checksums else "0", user_wins=True),
+    _Variable("DIB_OFFLINE", _offline),
+    _Variable("DIB_CHECKSUM", _checksum),
     # There is no tmpfs to build in; the ramdisk elements would mount one in the chroot.
     _Variable("DIB_NO_TMPFS", _always("1"), user_wins=True),
     _Variable("DIB_MIN_TMPFS", _always("2"), user_wins=True),

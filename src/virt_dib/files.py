@@ -6,12 +6,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path, or of the target of a link, where no file can be."""
 _CHUNK_BYTES = 1 << 26
+
+
+def temp_dir(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/")) -> Path:
+    """Where the disks of builds are: in the directory that libguestfs takes by guestfs(3), or in ``/var/tmp``."""
+    return Path(environ.get("LIBGUESTFS_TMPDIR") or environ.get("TMPDIR") or root / "var/tmp")
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:

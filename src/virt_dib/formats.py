@@ -155,21 +155,28 @@ def check_spec(outputs: Sequence[Format], spec: BuildSpec) -> None:
 def check_options(outputs: Sequence[Format], spec: BuildSpec, scratch: Path) -> None:
     """Have qemu-img make an empty image with the options in the directory *scratch*, which must not exist yet.
 
-    Nothing is tried where there is no qemu-img, which a build does not start without, or where the options
-    name a data file: the trial would overwrite it.
+    Nothing is tried where there is no qemu-img, which a build does not start without.
 
     Raises:
-        UsageError: qemu-img does not take the options for one of *outputs*, or none of those has one of them.
+        UsageError: qemu-img does not take the options for one of *outputs*, none of those has one of them, or an
+            image would be more than one file.
         ToolError: there is no space for the trial.
     """
     options = spec.qemu_img_options
     taking = [output for output in outputs if isinstance(output, DiskFormat) and output.takes_options]
-    if tools.find("qemu-img") is None or not taking or _FILE_OF_ITS_OWN in map(_option_name, _split(options)):
+    if tools.find("qemu-img") is None or not taking:
         return
     known = {name for output in taking for name in _known_options(output)}
+    names = ", ".join(output.name for output in taking)
     for option in _split(options):
+        if _option_name(option) == _FILE_OF_ITS_OWN:
+            # Not tried: it would be overwritten.
+            raise UsageError(
+                f"cannot use '{options}' as --qemu-img-options for {names}: an image with a data file is more than "
+                "one file",
+                hint="leave out data_file, or make such an image of a finished one with qemu-img convert",
+            )
         if _option_name(option) not in known:
-            names = ", ".join(output.name for output in taking)
             raise UsageError(
                 f"cannot use '{options}' as --qemu-img-options for {names}: there is no option "
                 f"'{_option_name(option)}'",
@@ -219,12 +226,22 @@ def _try_options(output: DiskFormat, spec: BuildSpec, scratch: Path) -> None:
 def _options_for(output: DiskFormat, spec: BuildSpec) -> list[str]:
     """The format's own and those of the user's that it has, in the form of qemu-img."""
     options = [output.options] if output.options else []
-    if output.compresses and spec.compress and spec.compression != COMPRESSIONS[0]:
+    if _compresses(output, spec) and spec.compression != COMPRESSIONS[0]:
         options.append(f"compression_type={spec.compression}")
     if spec.qemu_img_options and output.takes_options:
         known = _known_options(output)
         options += [option for option in _split(spec.qemu_img_options) if _option_name(option) in known]
     return ["-o", ",".join(options)] if options else []
+
+
+def _compresses(output: DiskFormat, spec: BuildSpec) -> bool:
+    """Whether the image is compressed. qemu-img does not do so with clusters that are allocated before."""
+    return output.compresses and spec.compress and not _is_preallocated(spec)
+
+
+def _is_preallocated(spec: BuildSpec) -> bool:
+    values = dict(option.partition("=")[::2] for option in _split(spec.qemu_img_options))
+    return values.get("preallocation", "off") != "off"
 
 
 def _help_command(output: DiskFormat) -> str:
@@ -251,9 +268,11 @@ def _option_name(option: str) -> str:
 # ---- writing ----
 
 
-def choices(outputs: Sequence[Format]) -> Iterator[str]:
+def choices(outputs: Sequence[Format], spec: BuildSpec) -> Iterator[str]:
     """What the user may want to know about how *outputs* are made on this host."""
     for output in outputs:
+        if isinstance(output, DiskFormat) and output.compresses and spec.compress and _is_preallocated(spec):
+            yield f"{output.name}: not compressed, since --qemu-img-options asks for preallocation"
         if output.name == _VHD and _find_vhd_util() is not None:
             yield "vhd: written by vhd-util, as a dynamic disk"
         elif output.name == _VHD:
@@ -335,7 +354,7 @@ def load(spec: BuildSpec, sources: Sources) -> Imported:
 
 def _convert(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path) -> Command:
     command = [*_qemu_img_convert(), "-O", output.qemu_name]
-    if output.compresses and spec.compress:
+    if _compresses(output, spec):
         # Compressed clusters in any order: the coroutines do not wait for each other.
         command += ["-c", "-W"]
     return Command(words=[*command, *_options_for(output, spec), disk, target])

@@ -182,8 +182,12 @@ class _Merge:
             if stat.S_ISDIR(mode):
                 if self._make_directory(element, entry):
                     self._copied_dirs.append((entry.source, self.into / entry.relative))
-                    below = self._listed(entry.source)
-                    pending.extend(_Entry(path, f"{entry.relative}/{path.name}", may_replace=True) for path in below)
+                    pending.extend(
+                        _Entry(path, f"{entry.relative}/{path.name}", may_replace=True)
+                        for path in self._listed(entry.source)
+                        # The element install-types links scripts to the phase from directories in it.
+                        if not self._is_excluded(directory, path)
+                    )
             elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                 self._add_file(element, entry)
             else:
@@ -202,6 +206,7 @@ class _Merge:
         return False
 
     def _is_excluded(self, directory: Path, path: Path) -> bool:
+        """Whether *path*, in or below the hook directory *directory*, is an excluded script."""
         wanted_out = directory.name in _PHASE_DIRECTORIES and path.name in self.excluded_scripts
         return wanted_out and _is_executable(path)
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from virt_dib import break_points, formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
-from virt_dib.spec import COMPRESSIONS, LABEL_LIMITS
+from virt_dib.spec import COMPRESSIONS, INSTALL_TYPES, LABEL_LIMITS
 from virt_dib.translation import translated
 from virt_dib.usage import HelpFormatter
 
@@ -105,7 +105,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "--docker-target", "docker_target", "TARGET",
             "repository and tag for the formats docker, which needs it, and oci",
         ),
-        _value("--install-type", "install_type", "TYPE", "install from 'source' (default) or from 'package'"),
+        _value("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
         _values("--extra-packages", "extra_packages", "LIST", "packages to install besides, separated by commas"),
     ),
     "elements": (
@@ -254,7 +254,7 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "name": Offer.FILE,
     "formats": tuple(formats.KNOWN),
     "arch": ("amd64", "arm64", "armhf", "i386", "ppc64el", "s390x"),
-    "install_type": ("source", "package"),
+    "install_type": INSTALL_TYPES,
     "dib_library": Offer.DIRECTORY,
     "element_paths": Offer.DIRECTORY,
     "python": Offer.FILE,

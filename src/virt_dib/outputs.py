@@ -16,6 +16,7 @@ from virt_dib import archives, formats, staging
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
+from virt_dib.files import copy_content
 from virt_dib.interrupts import shielded
 from virt_dib.report import Artifact
 from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
@@ -198,6 +199,25 @@ class Outputs:
                     partial.unlink(missing_ok=True)
             for scratch in self._scratch:
                 staging.remove_tree(scratch)
+
+    def keep(self, disk: Path, kind: str) -> Path:
+        """Put the *disk* of a build that has failed beside the outputs; returns its name there.
+
+        It is for the user alone: the variables of the scripts are in it.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        kept = self._directory / f".{self._spec.name}.{kind}.{_mark()}.partial"
+        disk.chmod(0o600)
+        try:
+            disk.rename(kept)
+        except OSError:
+            # Another file system, most likely.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with disk.open("rb") as reader, open(os.open(kept, flags, 0o600), "wb") as writer:
+                copy_content(reader.fileno(), writer.fileno())
+        return kept
 
     def _new(self, name: str, kind: formats.Format | str) -> Path:
         """A file or directory beside its name, with the rights that the user's umask leaves.

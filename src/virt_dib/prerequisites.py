@@ -16,6 +16,7 @@ from pathlib import Path
 
 from virt_dib import appliance, archives, boot, dib, kvm, sandbox, supermin, tools
 from virt_dib.errors import Problem, VirtDibError
+from virt_dib.files import temp_dir
 from virt_dib.formats import Format, wants_engine
 from virt_dib.monitor import size_text
 
@@ -183,7 +184,7 @@ class Host:
     @property
     def temp_dir(self) -> Path:
         """Where the disks of a build are."""
-        return Path(self.environ.get("TMPDIR") or self.root / "var/tmp")
+        return temp_dir(self.environ, root=self.root)
 
 
 def check_host(*, kvm: str = "auto") -> list[Check]:

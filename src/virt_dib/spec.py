@@ -87,8 +87,7 @@ CHECKSUMS = ("md5", "sha256")
 DEFAULT_SIZE_BYTES = 5 * 1024**3
 """``--size`` when it is not given (manual, option --size)."""
 
-
-INSTALL_TYPES = ("source", "package")
+INSTALL_TYPES = ("source", "package", "repo")
 NUMBERS = {
     "debug_level": ("debug level", 0, 1000),
     "memory_mib": ("memory size in MB", 256, 1 << 24),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from virt_dib import namespaces, staging, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError
+from virt_dib.files import temp_dir
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
@@ -25,13 +26,13 @@ _PREFIX = "virt-dib-"
 def open_workspace(parent: Path | None = None) -> Iterator[Path]:
     """A directory for the disks of one build; those of killed builds beside it are removed.
 
-    It is in *parent* or else in TMPDIR or ``/var/tmp``.
+    It is in *parent* or else in :func:`virt_dib.files.temp_dir`.
 
     Raises:
         ToolError: it cannot be made.
     """
     if parent is None:
-        parent = Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - the directory made there is private
+        parent = temp_dir()
     remove_leftovers(parent)
     with contextlib.ExitStack() as stack, shielded():
         try:
