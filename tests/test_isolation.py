@@ -282,8 +282,14 @@ def test_interrupting_ends_what_writes_the_files(
 @pytest.mark.full
 @pytest.mark.parametrize("phase", list(Phase))
 @pytest.mark.parametrize(
-    ("isolation", "number"), [("vm", signal.SIGTERM), ("sandbox", signal.SIGKILL)], ids=["vm-TERM", "sandbox-KILL"]
-)
+    ("isolation", "number"),
+    [
+        pytest.param(isolation, number, id=f"{isolation}-{number.name}")
+        for isolation, number in [
+            ("vm", signal.SIGTERM), ("vm", signal.SIGKILL), ("sandbox", signal.SIGKILL), ("sandbox", signal.SIGHUP),
+        ]
+    ],
+)  # fmt: skip
 def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
     element_dir: Path, output_dir: Path, tmp_path: Path, isolation: str, phase: Phase, number: signal.Signals
 ) -> None:
@@ -310,6 +316,41 @@ def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
         else:
             assert process.wait(timeout=10) == 130
     assert [path for path in left if path.exists()] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", [Phase.INSTALL, Phase.FINALISE])
+@pytest.mark.parametrize(
+    ("number", "options", "said"),
+    [
+        (signal.SIGKILL, [], "the appliance has ended"),
+        (signal.SIGSTOP, ["--script-timeout", "20s"], "70-waits of element 'waits' has taken longer than 20 s"),
+        (signal.SIGSTOP, ["--timeout", "200s"], "building the image: it has taken longer than 200 s"),
+    ],
+    ids=["killed", "stopped-in-a-script", "stopped-in-a-build"],
+)
+def test_a_machine_that_is_killed_or_stands_still_while_a_script_runs(
+    element_dir: Path, output_dir: Path, tmp_path: Path, phase: Phase, number: signal.Signals, options: list[str],
+    said: str,
+) -> None:  # fmt: skip
+    make_element(
+        tmp_path / "elements", "waits", {f"{phase.directory}/70-waits": "#!/bin/bash\necho waiting\nsleep 600\n"}
+    )
+    command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\n")
+    with (
+        nothing_left(output_dir, temporary),
+        tools.started(
+            [*command, "waits", "--isolation", "vm", *options], environment=environment, cwd=output_dir
+        ) as process,
+    ):
+        wait_for(output_dir / "disk.log", b"waiting")
+        (machine,) = {pid for pid in processes(temporary) if Path(f"/proc/{pid}/comm").read_text().startswith("qemu")}
+        os.kill(int(machine), number)
+        assert process.stderr
+        error = process.stderr.read().decode()
+        assert process.wait() == 1
+    assert said in error
+    assert "virt-dib: hint: " in error
 
 
 @pytest.mark.full
