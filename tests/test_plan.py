@@ -88,6 +88,15 @@ def test_an_option_counts_where_a_variable_says_otherwise(
         assert environment.for_phase(facts, phase).items() >= seen.items()
 
 
+def test_variables_that_scripts_do_not_get_are_told(place: Path) -> None:
+    variables = {"ELEMENTS_PATH": "/mine", "LC_ALL": "C", "DIB_RELEASE": "x", "DIB_OFFLINE": "", "HOME": "/me"}
+    told = [
+        f"--envvar {name} has no effect: virt-dib gives the scripts a value of its own"
+        for name in ("ELEMENTS_PATH", "HOME")
+    ]
+    assert list(planned(place, variables=variables).warnings) == told
+
+
 def planned_again(place: Path, **more: object) -> BuildPlan:
     return make_plan(spec_in(place, **more), place / "again", host_environment={})
 

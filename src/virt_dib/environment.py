@@ -432,6 +432,13 @@ def functions(facts: Facts, phase: Phase) -> str:
     )
 
 
+def without_effect(facts: Facts) -> list[str]:
+    """The variables of the user that scripts of no phase see as they were given, for virt-dib has its own."""
+    seen = [for_phase(facts, phase) for phase in filter(facts.rules.has, Phase)]
+    given = facts.spec.variables.items()
+    return [name for name, value in given if all(variables.get(name) != value for variables in seen)]
+
+
 def length_problems(facts: Facts) -> list[Problem]:
     """The variables that are longer than the kernel takes: no script would start."""
     sizes_bytes: dict[str, int] = {}

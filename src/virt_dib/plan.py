@@ -168,7 +168,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
         warnings=(
             *scripts.warnings(),
-            *_warnings(spec, staging, environ),
+            *_warnings(facts, staging, environ),
             *(problem.message for problem in _shared_places(spec, workspace)),
         ),
     )
@@ -340,16 +340,19 @@ def _trusts_host(spec: BuildSpec) -> bool:
     return spec.network and spec.host_certificates
 
 
-def _warnings(spec: BuildSpec, staging: Staging, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """In the guest, extra-data.d alone sees the host's own proxies, unless the elements are given others."""
-    if (
-        not spec.network
-        or spec.extra_data is ExtraData.HOST
-        or not (staging.hooks_dir / Phase.EXTRA_DATA.directory).is_dir()
-    ):
-        return ()
-    seen = {name: value for name, value in environ.items() if name not in spec.variables}
-    return tuple(f"extra-data.d: {problem.message}" for problem in online.proxy_problems(seen))
+def _warnings(facts: contract.Facts, staging: Staging, environ: Mapping[str, str]) -> Iterator[str]:
+    """Of variables: those without effect, and the host's own proxies.
+
+    In the guest, extra-data.d alone sees these, unless the elements are given others.
+    """
+    spec = facts.spec
+    if spec.drop_in is None:
+        for name in contract.without_effect(facts):
+            yield f"--envvar {name} has no effect: virt-dib gives the scripts a value of its own"
+    has_extra_data = (staging.hooks_dir / Phase.EXTRA_DATA.directory).is_dir()
+    if spec.network and spec.extra_data is not ExtraData.HOST and has_extra_data:
+        seen = {name: value for name, value in environ.items() if name not in spec.variables}
+        yield from (f"extra-data.d: {problem.message}" for problem in online.proxy_problems(seen))
 
 
 def _shared_places(spec: BuildSpec, workspace: Path) -> Iterator[Problem]:
