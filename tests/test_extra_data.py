@@ -12,6 +12,7 @@ import pwd
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ import pytest
 from helpers import ODD_VALUE, TESTS, Run, make_element, make_tiny_os, tree_stage, tree_stage_command
 from test_failures import wait_for
 from test_sandbox import ordinary_user
-from virt_dib import tools
+from virt_dib import layout, namespaces, tools
 
 pytestmark = pytest.mark.sandbox
 
@@ -370,6 +371,63 @@ def test_what_it_leaves_in_the_cache_is_the_users_and_no_way_to_them(attack: Att
     found = {path.name: path.stat() for path in (account.cache / "program", account.cache / "of-others/inner")}
     assert {name: status.st_uid for name, status in found.items()} == {"program": account.uid, "inner": account.uid}
     assert found["program"].st_mode & 0o7777 == 0o755
+
+
+SWAP = """
+import json, os, runpy, shutil, stat, sys
+_, script, kind, event, left, top = sys.argv
+program, victim = f"{top}/{kind}/program", f"{top}/elsewhere/victim"
+for path, mode in ((program, 0o4755), (victim, 0o2711)):
+    os.mkdir(os.path.dirname(path))
+    with open(path, "x"):
+        os.chown(path, *((33, 33) if (kind, path) == ("cache", program) else (0, 0)))
+        os.chmod(path, mode)
+os.setxattr(program, "security.capability", bytes.fromhex("0100000200040000000000000000000000000000"))
+left = int(left)
+def swap(name, _arguments):
+    global left
+    if name == event:
+        left -= 1
+        if left == 0:
+            os.rename(program, program + ".aside")
+            os.symlink(victim, program)
+sys.addaudithook(swap)
+sys.argv = [script, kind, f"{top}/{kind}"]
+runpy.run_path(script)
+for path in (program + ".aside", victim):
+    state = os.lstat(path)
+    print(f"{stat.S_IMODE(state.st_mode):o} {state.st_uid}:{state.st_gid}", *os.listxattr(path))
+shutil.rmtree(f"{top}/{kind}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "event", "number"),
+    [
+        # The first is the directory's.
+        ("tree", "os.chown", 2),
+        ("tree", "os.getxattr", 1),
+        ("tree", "os.chmod", 1),
+        ("tree", "os.setxattr", 1),
+        ("cache", "os.chown", 1),
+        ("cache", "os.chmod", 1),
+    ],
+)
+def test_a_file_that_becomes_a_link_before_it_gets_its_owner(
+    tmp_path: Path, kind: str, event: str, number: int
+) -> None:
+    """A process of the sandbox, or of another user, swaps it before that call."""
+    (tmp_path / "swap.py").write_text(SWAP)
+    arguments = [str(layout.guest_script("host-owners.py")), kind, event, str(number), str(tmp_path)]
+    command = [sys.executable, "-I", "-S", str(tmp_path / "swap.py"), *arguments]
+    with namespaces.inside_namespace(["own", *command], tmp_path) as inside:
+        namespaces.find_ids().map_as_user(inside.process.pid)
+        inside.send(b"go")
+        namespaces.finish(inside, "giving files their owners")
+        program, victim = inside.said().splitlines()
+    assert victim == "2711 0:0"
+    root = namespaces.OTHER_ROOT
+    assert program == (f"4755 {root}:{root} security.capability" if kind == "tree" else "755 0:0")
 
 
 def test_nothing_of_it_is_left(attack: Attack, account: Account) -> None:

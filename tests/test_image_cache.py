@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
 import resource
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import make_element, make_tiny_os
+from helpers import TESTS, make_element, make_tiny_os
 from test_staging import as_ordinary_user, run_python
 from virt_dib import environment as contract
 from virt_dib import image_cache, layout, tools
@@ -72,34 +74,96 @@ class Build:
         return {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("swap", ["a directory for a link", "a file for a link", "a file for a FIFO"])
-def test_what_another_user_swaps_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: str) -> None:
-    """In a cache that others can write to, between the look at a file and its copy."""
+def swap_in(cache: Path, swap: str) -> None:
+    """What another user can do with ``entry/inner/key`` of a cache."""
+    inner, key = cache / "entry/inner", cache / "entry/inner/key"
+    if swap == "a directory for a link":
+        inner.rename(cache.parent / "aside")
+        inner.symlink_to(cache.parent / "private")
+        return
+    key.unlink()
+    if swap == "a file for a link":
+        key.symlink_to(cache.parent / "private/key")
+    elif swap == "a file for a FIFO":
+        os.mkfifo(key)
+    else:
+        key.write_text("other")
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A cache that others can write to, beside a directory that they cannot read."""
     (tmp_path / "private").mkdir()
     (tmp_path / "private/key").write_text("secret")
     cache = tmp_path / "cache"
     (cache / "entry/inner").mkdir(parents=True)
     (cache / "entry/inner/key").write_text("harmless")
     (cache / "other").write_text("content")
+    return cache
+
+
+def swap_after_the_look(monkeypatch: pytest.MonkeyPatch, shared: Path, swap: str) -> None:
     look = image_cache._states  # noqa: SLF001 - the moment after it
 
     def look_and_swap(directory: Path, name: str) -> Iterator[tuple[str, image_cache._Signature]]:
         yield from list(look(directory, name))
-        if name == "entry" and swap == "a directory for a link":
-            (cache / "entry/inner").rename(tmp_path / "aside")
-            (cache / "entry/inner").symlink_to(tmp_path / "private")
-        elif name == "entry":
-            (cache / "entry/inner/key").unlink()
-            if swap == "a file for a link":
-                (cache / "entry/inner/key").symlink_to(tmp_path / "private/key")
-            else:
-                os.mkfifo(cache / "entry/inner/key")
+        if name == "entry":
+            swap_in(shared, swap)
 
     monkeypatch.setattr(image_cache, "_states", look_and_swap)
-    copied = ImageCache(cache, tmp_path)
+
+
+@pytest.mark.parametrize("swap", ["a directory for a link", "a file for a link", "a file for a FIFO"])
+def test_what_another_user_swaps_while_it_is_copied(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: str
+) -> None:
+    """Between the look at a file and its copy."""
+    swap_after_the_look(monkeypatch, shared, swap)
+    copied = ImageCache(shared, tmp_path)
     copied.copy_to(tmp_path / "copy")
     files = {path.name: path.read_text() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert files == {"other": "content"}
+
+
+def refuse(*_arguments: object, **_more: object) -> None:
+    """Make no hard link, as some file systems."""
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize(
+    ("swap", "hard_links"),
+    [
+        ("a directory for a link", True),
+        ("a directory for a link", False),
+        ("a file for a link", True),
+        ("a file for a FIFO", True),
+        ("a file for another", True),
+        ("a file for another", False),
+    ],
+)
+def test_what_another_user_swaps_while_the_build_ends(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: str, *, hard_links: bool
+) -> None:
+    """Between the look whether an entry is as the build got it, and the taking over of its unchanged files."""
+    build = Build(shared, tmp_path / "first")
+    (build.copy / "entry/new").write_text("new")
+    with monkeypatch.context() as changed:
+        swap_after_the_look(changed, shared, swap)
+        if not hard_links:
+            changed.setattr(os, "link", refuse)
+        assert build.end() == Received(entries=(), refused=("entry",), left_out=())
+    assert not {"secret", "new"} & set(content(Build(shared, tmp_path / "second").copy).values())
+
+
+def test_unchanged_files_are_copied_where_they_cannot_be_linked(
+    cache: Path, start: Callable[[], Build], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = start()
+    (build.copy / "git/HEAD").write_text("two")
+    monkeypatch.setattr(os, "link", refuse)
+    assert build.end().entries == ("git",)
+    assert content(cache) == {**BEFORE, "git/HEAD": "two"}
+    assert (cache / "git/objects/aa").stat().st_mtime == DATE_S
 
 
 @pytest.fixture
@@ -266,6 +330,106 @@ def test_what_a_killed_build_left_is_removed_and_never_handed_out(cache: Path, s
     assert {path.name for path in cache.iterdir()} == {".virt-dib-alive", "git", "image"}
 
 
+@pytest.mark.parametrize("link", [".virt-dib-killed", ".virt-dib-killed/old"])
+def test_what_a_killed_build_is_said_to_have_left_is_not_taken_from_elsewhere(
+    cache: Path, start: Callable[[], Build], tmp_path: Path, link: str
+) -> None:
+    (tmp_path / "private/old").mkdir(parents=True)
+    for path in (tmp_path / "private/key", tmp_path / "private/old/key"):
+        path.write_text("secret")
+    (cache / link).parent.mkdir(exist_ok=True)
+    (cache / link).symlink_to(tmp_path / "private")
+    build = start()
+    assert content(build.copy) == BEFORE
+    build.end()
+    assert content(tmp_path / "private") == {"key": "secret", "old/key": "secret"}
+
+
+def is_waited_for(directory: Path) -> bool:
+    """Whether somebody waits for the lock of *directory*, by proc_locks(5)."""
+    number = f":{directory.stat().st_ino} "
+    return any(" -> " in line and number in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+def test_a_directory_of_a_build_that_has_only_just_made_it_is_not_swept(
+    cache: Path, start: Callable[[], Build], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = start(), start()
+    (first.copy / "first").write_text("1")
+    (second.copy / "second").write_text("2")
+    make = tempfile.mkdtemp
+    ended: list[Received] = []
+    other = threading.Thread(target=lambda: ended.append(second.end()))
+
+    def make_and_wait(prefix: str, dir: Path) -> str:  # noqa: A002 - the function's own name
+        made = make(prefix=prefix, dir=dir)
+        if other.ident is None:
+            other.start()
+            while other.is_alive() and not is_waited_for(cache):
+                other.join(0.01)
+        return made
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_wait)
+    assert first.end().entries == ("first",)
+    other.join()
+    assert [received.entries for received in ended] == [("second",)]
+    assert content(cache) == {**BEFORE, "first": "1", "second": "2"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_image_cache import Build
+top, event, left = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+build = Build(top / "cache", top / "killed")
+(build.copy / "git/HEAD").write_text("two")
+def kill(name, arguments):
+    global left
+    if name == event and "/git" in str(arguments[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+build.end()
+"""
+
+
+@pytest.mark.parametrize(("event", "number"), [("os.rename", 1), ("os.rename", 2), ("os.remove", 1)])
+def test_a_build_that_is_killed_while_it_replaces_an_entry_leaves_one_of_the_two(
+    cache: Path, start: Callable[[], Build], tmp_path: Path, event: str, number: int
+) -> None:
+    """It is killed before that call."""
+    path = os.pathsep.join(str(directory) for directory in (TESTS.parent / "src", TESTS, TESTS.parent))
+    result = tools.run(
+        [sys.executable, "-c", KILLED, tmp_path, event, str(number)],
+        doing="running a build",
+        environment={"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]},
+        check=False,
+    )
+    assert (result.exit_status, result.stderr) == (128 + signal.SIGKILL, "")
+    after = {**BEFORE, "git/HEAD": "two"}
+    assert content(start().copy) == (after if event == "os.remove" else BEFORE)
+    assert {path.name for path in cache.iterdir()} == {"git", "image"}
+
+
+def test_an_entry_stays_where_another_cannot_replace_it(
+    cache: Path, start: Callable[[], Build], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = start()
+    (build.copy / "git/HEAD").write_text("two")
+    rename = Path.rename
+
+    def lose_and_rename(path: Path, target: Path) -> Path:
+        if path.match("new/git"):
+            shutil.rmtree(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", lose_and_rename)
+    with pytest.raises(FileNotFoundError):
+        build.end()
+    assert content(cache) == BEFORE
+
+
 # ---- links, and what may not be read ----
 
 
@@ -358,6 +522,11 @@ def test_files_it_did_not_get_are_not_linked(
 def test_unchanged_files_do_not_go_through_links(cache: Path, start: Callable[[], Build]) -> None:
     members = [NEW, ("new/git/refs", tarfile.SYMTYPE, "objects"), ("new/git/objects/bb", tarfile.REGTYPE, "2")]
     assert send(start(), *members, unchanged=b"git/refs/old\0").refused == ("git",)
+    assert content(cache) == BEFORE
+
+
+def test_a_file_that_is_said_to_be_new_and_unchanged(cache: Path, start: Callable[[], Build]) -> None:
+    assert send(start(), NEW, ("new/git/HEAD", tarfile.REGTYPE, "2"), unchanged=b"git/HEAD\0").refused == ("git",)
     assert content(cache) == BEFORE
 
 

@@ -237,13 +237,14 @@ def open_host(host: Host, content: Content) -> Iterator[Inside]:
     try:
         with _first_process(host, content) as inside:
             yield inside
+        if not content.is_copy:
+            _give_owners(host, content, "tree", [f"{host.facts.build_dir}/{name}" for name in _NAMES])
     except BaseException:
         with shielded(), contextlib.suppress(ApplianceError, ToolError):
             _give_owners(host, content, "cache", [host.facts.image_cache])
         raise
+    # The last step: processes of the sandbox are at work in the tree still.
     _give_owners(host, content, "cache", [host.facts.image_cache])
-    if not content.is_copy:
-        _give_owners(host, content, "tree", [f"{host.facts.build_dir}/{name}" for name in _NAMES])
 
 
 def _give_owners(host: Host, content: Content, kind: str, directories: Sequence[str]) -> None:

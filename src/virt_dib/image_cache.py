@@ -30,10 +30,14 @@ LIMIT_BYTES = 64 * 1024**3
 
 _OWN = ".virt-dib-"
 """How the names of our own directories in a cache begin."""
+_ASIDE = "old"
+"""The directory in one of our own with the entries that are being replaced."""
 _LONGEST_PATH_BYTES = staging.LONGEST_PATH_BYTES - 100
 """Below a directory on the build disk."""
 _FICLONE = 0x40049409
 """linux/fs.h: have one file share the blocks of another."""
+_CHANGED = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
+"""What the host says of a file with which others are at work, who do not know of our lock."""
 
 _Signature = tuple[int, int, int, int]
 
@@ -88,17 +92,20 @@ class ImageCache:
             OSError: the host refuses to write.
         """
         with _own_directory(self._directory) as directory:
-            copied = staging.copy_out(self.archive, directory, limit_bytes=LIMIT_BYTES, as_cache=True)
+            # Not where what is put aside is, which the next build gives back should this one be killed.
+            gathered, aside = directory / "gathered", directory / _ASIDE
+            gathered.mkdir()
+            aside.mkdir()
+            copied = staging.copy_out(self.archive, gathered, limit_bytes=LIMIT_BYTES, as_cache=True)
             with contextlib.suppress(OSError):
                 self.archive.unlink()
-            if sorted(os.listdir(directory)) != ["new", "unchanged"] or not (directory / "new").is_dir():
+            if sorted(os.listdir(gathered)) != ["new", "unchanged"] or not (gathered / "new").is_dir():
                 raise ApplianceError("taking over the image cache: the guest gave something else")
-            (directory / "old").mkdir()
             with _locked(self._directory, fcntl.LOCK_EX):
-                refused = self._complete(directory)
-                names = [name for name in _entries(directory / "new") if name not in refused]
+                refused = self._complete(gathered)
+                names = [name for name in _entries(gathered / "new") if name not in refused]
                 for name in names:
-                    self._replace(name, directory)
+                    self._replace(name, gathered / "new" / name, aside / name)
         return Received(entries=tuple(names), refused=tuple(sorted(refused)), left_out=copied.left_out)
 
     # ---- inside ----
@@ -106,6 +113,9 @@ class ImageCache:
     def _copy_all(self, target: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         target.mkdir(exist_ok=True)
+        if any(name.startswith(_OWN) for name in os.listdir(self._directory)):
+            with _locked(self._directory, fcntl.LOCK_EX):
+                _sweep(self._directory)
         with _locked(self._directory, fcntl.LOCK_SH), _Source(self._directory) as source:
             for name in _entries(self._directory):
                 self._before[name] = dict(_states(self._directory, name))
@@ -133,32 +143,24 @@ class ImageCache:
             else:
                 return False
         except OSError as error:
-            # Others may be at work there who do not know of our lock.
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+            if error.errno not in _CHANGED:
                 raise
             return False
         return True
 
-    def _complete(self, directory: Path) -> set[str]:
+    def _complete(self, gathered: Path) -> set[str]:
         """Put the unchanged files of changed entries beside the new ones; return the entries that stay as they were."""
-        new = directory / "new"
+        new = gathered / "new"
         refused = {name for name in _entries(new) if name in self._partly or self._has_changed(name)}
         places = {"", *(os.path.relpath(place, new) for place, _, _ in os.walk(new))}
-        for path in self._unchanged(directory / "unchanged"):
-            name = path.split("/", 1)[0]
-            state = self._before.get(name, {}).get(path)
-            if name in refused or state is None or not stat.S_ISREG(state[0]):
-                continue
-            if os.path.dirname(path) not in places:
-                refused.add(name)
-                continue
-            try:
-                os.link(self._directory / path, new / path, follow_symlinks=False)
-            except FileExistsError:
-                refused.add(name)
-            except OSError:
-                # There are file systems without hard links; and with other users' files the kernel forbids them.
-                clone(self._directory / path, new / path)
+        with _Source(self._directory) as source:
+            for path in self._unchanged(gathered / "unchanged"):
+                name = path.split("/", 1)[0]
+                state = self._before.get(name, {}).get(path)
+                if name in refused or state is None or not stat.S_ISREG(state[0]):
+                    continue
+                if os.path.dirname(path) not in places or not _take_along(source, path, state, new / path):
+                    refused.add(name)
         return refused
 
     def _unchanged(self, path: Path) -> list[str]:
@@ -176,12 +178,18 @@ class ImageCache:
     def _has_changed(self, name: str) -> bool:
         return dict(_states(self._directory, name)) != self._before.get(name, {})
 
-    def _replace(self, name: str, directory: Path) -> None:
-        new, final = directory / "new" / name, self._directory / name
+    def _replace(self, name: str, new: Path, aside: Path) -> None:
+        entry = self._directory / name
         with shielded():
-            if os.path.lexists(final) and (new.is_dir() or stat.S_ISDIR(final.lstat().st_mode)):
-                final.rename(directory / "old" / name)
-            new.rename(final)
+            if not os.path.lexists(entry) or not (new.is_dir() or stat.S_ISDIR(entry.lstat().st_mode)):
+                new.rename(entry)
+                return
+            entry.rename(aside)
+            try:
+                new.rename(entry)
+            except OSError:
+                aside.rename(entry)
+                raise
 
 
 @final
@@ -258,14 +266,35 @@ def check(directory: Path, home: Path | None) -> None:
         raise UsageError(f"{doing}: no right to read and write '{there}'", hint=hint)
 
 
-def clone(source: Path, copy: Path) -> None:
-    """Copy the file *source* to the new file *copy*, with mode and times; they share blocks where that is possible."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(source, flags), "rb") as reader:
-        _clone(reader, copy)
+def _take_along(source: _Source, path: str, state: _Signature, copy: Path) -> bool:
+    """Have the file *path* of a cache at *copy*, too, unless it is not the one with *state* any more."""
+    try:
+        descriptor = source.open(path, os.O_PATH)
+    except OSError as error:
+        if error.errno not in _CHANGED:
+            raise
+        return False
+    try:
+        if _signature(os.fstat(descriptor)) != state:
+            return False
+        # By name it could be another one by now.
+        opened = f"/proc/self/fd/{descriptor}"
+        try:
+            # An absolute path needs no directory to start from; but without one, Python does not follow the link.
+            os.link(opened, copy, src_dir_fd=descriptor, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        except OSError:
+            # There are file systems without hard links; and with other users' files the kernel forbids them.
+            with open(opened, "rb") as reader:
+                _clone(reader, copy)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _clone(reader: BinaryIO, copy: Path) -> None:
+    """Copy a file to the new file *copy*, with mode and times; they share blocks where that is possible."""
     with copy.open("xb") as writer:
         state = os.fstat(reader.fileno())
         try:
@@ -288,12 +317,17 @@ def _states(directory: Path, name: str) -> Iterator[tuple[str, _Signature]]:
             state = (directory / path).lstat()
         except OSError:
             continue
-        # A directory has another date and size when it is used, and that is no other content.
-        plain = not stat.S_ISDIR(state.st_mode)
-        yield path, (state.st_mode, *((state.st_size, state.st_mtime_ns, state.st_ino) if plain else (0, 0, 0)))
-        if not plain:
+        yield path, _signature(state)
+        if stat.S_ISDIR(state.st_mode):
             with contextlib.suppress(OSError):
                 paths += [f"{path}/{inside}" for inside in sorted(os.listdir(directory / path))]
+
+
+def _signature(state: os.stat_result) -> _Signature:
+    if stat.S_ISDIR(state.st_mode):
+        # It has another date and size when it is used, and that is no other content.
+        return (state.st_mode, 0, 0, 0)
+    return (state.st_mode, state.st_size, state.st_mtime_ns, state.st_ino)
 
 
 @contextlib.contextmanager
@@ -310,13 +344,44 @@ def _locked(directory: Path, how: int) -> Iterator[None]:
 def _own_directory(cache: Path) -> Iterator[Path]:
     """A directory in *cache*, so that renaming is possible; those of killed builds are removed."""
     cache.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        # Between its making and its lock, another build would take it for a killed one's.
+        with _locked(cache, fcntl.LOCK_EX):
+            _sweep(cache)
+            with shielded():
+                directory = Path(tempfile.mkdtemp(prefix=_OWN, dir=cache))
+                stack.enter_context(_locked(directory, fcntl.LOCK_EX))
+                # It keeps its lock until it is gone.
+                stack.callback(staging.remove_tree, directory)
+        yield directory
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed builds have left; *cache* is locked.
+
+    Entries that they had put aside, and not replaced yet, come back.
+    """
     for name in os.listdir(cache):
         if name.startswith(_OWN):
             with contextlib.suppress(OSError), _locked(cache / name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                _give_back(cache, name)
                 staging.remove_tree(cache / name)
-    with contextlib.ExitStack() as stack:
-        with shielded():
-            directory = Path(tempfile.mkdtemp(prefix=_OWN, dir=cache))
-            stack.callback(staging.remove_tree, directory)
-            stack.enter_context(_locked(directory, fcntl.LOCK_EX))
-        yield directory
+
+
+def _give_back(cache: Path, own: str) -> None:
+    """Put entries that are aside in the directory *own* where they were, if nothing is there.
+
+    Raises:
+        OSError: there may be some in it still.
+    """
+    with _Source(cache) as source:
+        try:
+            aside = source.open(f"{own}/{_ASIDE}", os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+    try:
+        for name in os.listdir(aside):
+            if not os.path.lexists(cache / name):
+                os.rename(name, cache / name, src_dir_fd=aside)
+    finally:
+        os.close(aside)

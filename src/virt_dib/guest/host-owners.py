@@ -22,30 +22,50 @@ REVISION_2, REVISION_3 = 0x02000000, 0x03000000
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-def entries(top: str) -> Iterator[tuple[str, int | None, os.stat_result]]:
-    """*top* and all below it: name, the directory it is in, and state. Links are not followed."""
-    yield top, None, os.lstat(top)
+def entries(top: str) -> Iterator[int]:
+    """*top* and all below it, each open (O_PATH) until the next one is asked for. Links are not followed.
+
+    Processes of the sandbox may be at work in the tree, and other users in the cache: what they put in the place of a
+    file that is open is another one. So nothing here is done by name.
+    """
+    for name, directory in names(top):
+        try:
+            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:
+            continue
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def names(top: str) -> Iterator[tuple[str, int | None]]:
+    """*top* and all below it, by name and the directory it is in."""
+    yield top, None
     for _, directories, files, directory in os.fwalk(top, follow_symlinks=False):
         for name in [*directories, *files]:
-            with contextlib.suppress(FileNotFoundError):
-                yield name, directory, os.stat(name, dir_fd=directory, follow_symlinks=False)
+            yield name, directory
 
 
-def give_to_root(name: str, directory: int | None, state: os.stat_result) -> None:
+def path_of(descriptor: int) -> str:
+    """A path of what is open, for calls that refuse such a descriptor. It ends there, also at a symbolic link."""
+    return f"/proc/self/fd/{descriptor}"
+
+
+def give_to_root(descriptor: int) -> None:
     """Let root of the build own what the user does; chown would take set-id bits and capabilities away."""
+    state, path = os.fstat(descriptor), path_of(descriptor)
     if 0 not in (state.st_uid, state.st_gid):
         return
-    path = name if directory is None else f"/proc/self/fd/{directory}/{name}"
     capabilities = None
     if stat.S_ISREG(state.st_mode):
         with contextlib.suppress(OSError):
-            capabilities = os.getxattr(path, CAPABILITIES, follow_symlinks=False)
-    uid, gid = state.st_uid or OTHER_ROOT, state.st_gid or OTHER_ROOT
-    os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+            capabilities = os.getxattr(path, CAPABILITIES)
+    os.chown(path, state.st_uid or OTHER_ROOT, state.st_gid or OTHER_ROOT)
     if state.st_mode & SET_ID and stat.S_ISREG(state.st_mode):
-        os.chmod(name, stat.S_IMODE(state.st_mode), dir_fd=directory)
+        os.chmod(path, stat.S_IMODE(state.st_mode))
     if capabilities is not None:
-        os.setxattr(path, CAPABILITIES, with_root(capabilities, OTHER_ROOT), follow_symlinks=False)
+        os.setxattr(path, CAPABILITIES, with_root(capabilities, OTHER_ROOT))
 
 
 def with_root(capabilities: bytes, root: int) -> bytes:
@@ -54,12 +74,13 @@ def with_root(capabilities: bytes, root: int) -> bytes:
     return struct.pack("<I", magic & 0xFFFFFF | REVISION_3) + capabilities[4:20] + struct.pack("<I", root)
 
 
-def give_to_user(name: str, directory: int | None, state: os.stat_result) -> None:
+def give_to_user(descriptor: int) -> None:
     """Let the user own it, without set-id bits."""
+    state, path = os.fstat(descriptor), path_of(descriptor)
     if (state.st_uid, state.st_gid) != (0, 0):
-        os.chown(name, 0, 0, dir_fd=directory, follow_symlinks=False)
+        os.chown(path, 0, 0)
     if stat.S_ISREG(state.st_mode) and state.st_mode & SET_ID:
-        os.chmod(name, stat.S_IMODE(state.st_mode) & ~SET_ID, dir_fd=directory)
+        os.chmod(path, stat.S_IMODE(state.st_mode) & ~SET_ID)
 
 
 def has_other_root() -> bool:
@@ -76,7 +97,7 @@ def main() -> None:
     change = give_to_root if use == "tree" else give_to_user
     for top in directories:
         for entry in entries(top):
-            change(*entry)
+            change(entry)
 
 
 main()
