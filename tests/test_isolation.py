@@ -318,6 +318,29 @@ def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
     assert [path for path in left if path.exists()] == []
 
 
+@pytest.mark.parametrize(
+    ("script", "hint"),
+    [
+        ("dd if=/dev/zero of=/big bs=1M", "the image is full: give it more with --size; "),
+        pytest.param(
+            "mkdir /many; cd /many; i=0; while : >$i; do i=$((i + 1)); done; exit 1",
+            "the image can have no more files: --mkfs-options '-N NUMBER' makes inodes for more; ",
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["blocks", "inodes"],
+)
+def test_a_script_that_finds_no_space_in_the_image(
+    element_dir: Path, output_dir: Path, tmp_path: Path, script: str, hint: str
+) -> None:
+    make_element(tmp_path / "elements", "greedy", {"finalise.d/50-greedy": f"#!/bin/bash\n{script}\n"})
+    paths = ["-p", str(element_dir), "-p", str(tmp_path / "elements")]
+    options = [*SANDBOX, "--size", "200M", "--mkfs-options", "-N 2000", *paths]
+    run = fail([*options, "tiny-os", "greedy"], output_dir, tmp_path)
+    assert "finalise.d/50-greedy of element 'greedy' failed with exit status 1" in errors(run)[0]
+    assert f"virt-dib: hint: {hint}" in hints(run)[0]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("phase", [Phase.INSTALL, Phase.FINALISE])
 @pytest.mark.parametrize(

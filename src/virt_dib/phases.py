@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from virt_dib import environment as contract
 from virt_dib import online, scripts
@@ -19,7 +19,7 @@ from virt_dib.monitor import BuildMonitor
 from virt_dib.prerequisites import tools_not_found
 from virt_dib.report import PhaseResult, ScriptResult
 from virt_dib.shells import Shells
-from virt_dib.spec import BuildSpec, Phase, Where
+from virt_dib.spec import DISK_PHASES, BuildSpec, Phase, Where
 
 GUEST_SCRIPTS = f"{contract.GUEST}/guest"
 LAST_LINES = 10
@@ -29,6 +29,7 @@ _READ_LINES = 40
 
 _KILLED = re.compile(r"\bKilled\b")
 """What bash says of a program that has got SIGKILL, as the kernel gives it when memory runs out."""
+_NO_SPACE = re.compile(r"No space left on device|[Nn]ot enough (?:free )?space|[Dd]isk full")
 _RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _MOST_RESULTS = 10_000
 """Scripts of a phase in the report; a guest may forge any number."""
@@ -109,7 +110,7 @@ class Phases:
                 on_output=output,
                 on_event=scripts.event,
             )
-        scripts.end(result.exit_status, place.killed_hint)
+        scripts.end(result.exit_status, place.killed_hint, lambda: _full_hint(place, phase, facts))
         self._finished(phase.directory, begun, scripts.results)
 
     @contextlib.contextmanager
@@ -145,7 +146,7 @@ def named_files(place: Place, spec: BuildSpec, verb: str) -> None:
 
 
 def guest_script(
-    place: Place, script: str, *arguments: str, on_output: Callable[[bytes], None] | None = None
+    place: Runner, script: str, *arguments: str, on_output: Callable[[bytes], None] | None = None
 ) -> JobResult:
     """Run one of our own guest scripts, outside all phases."""
     return place.run([f"{GUEST_SCRIPTS}/{script}", *arguments], _RUNNER_PATH, contract.GUEST, on_output=on_output)
@@ -225,10 +226,10 @@ class _PhaseScripts:
     def _element(self, script: str) -> str | None:
         return self._owners.get(f"{self._phase.directory}/{script}")
 
-    def end(self, exit_status: int, killed_hint: str) -> None:
+    def end(self, exit_status: int, killed_hint: str, full_hint: Callable[[], str | None]) -> None:
         """Take the status of the whole phase.
 
-        *killed_hint* is what to do about a program that was killed.
+        *killed_hint* is what to do about a program that was killed, *full_hint* gives that about one without space.
 
         Raises:
             ScriptError: naming the script that failed, or environment.d.
@@ -252,9 +253,12 @@ class _PhaseScripts:
             how += f" ({failed.signal_name})"
         lines = self._monitor.tail(LAST_LINES)
         killed = failed.signal_name == "SIGKILL" or any(_KILLED.search(line) for line in lines)
+        known = [killed_hint] if killed else []
+        if any(_NO_SPACE.search(line) for line in lines) and (found := full_hint()):
+            known.append(found)
         error = ScriptError(
             f"{name} failed with {how} after {failed.seconds:.1f} s",
-            hint=_advice(self._monitor, self._facts, self._phase.where, killed_hint if killed else None),
+            hint=_advice(self._monitor, self._facts, self._phase.where, known),
             details=lines,
         )
         error.script_status = failed.exit_status
@@ -274,15 +278,36 @@ def _seconds(text: str) -> float:
     return seconds if 0.0 <= seconds <= _LATEST_S else 0.0
 
 
-def _advice(monitor: BuildMonitor, facts: Facts, where: Where, killed_hint: str | None = None) -> str:
+def _full_hint(place: Runner, phase: Phase, facts: Facts) -> str | None:
+    """What to do about a script that found no space: the file system that has none now is asked for."""
+    in_image = phase in DISK_PHASES
+    hints = {
+        f"blocks {contract.TREE}": "the image is full: give it more with --size"
+        if in_image
+        else "the disk that the tree is made on is full: set TMPDIR to a directory with more room",
+        f"inodes {contract.TREE}": "the image can have no more files: --mkfs-options '-N NUMBER' makes inodes for more"
+        if in_image
+        else None,
+    }
+    if facts.spec.drive is not None:
+        drive = "the helper drive is full: remove files in it, or make a larger one"
+        hints |= {f"{kind} {contract.HOME}": drive for kind in ("blocks", "inodes")}
+    # The build has an error already, and a guest that says nothing more is no other one.
+    with contextlib.suppress(ApplianceError):
+        said = guest_script(place, "tree.sh", "full", contract.TREE, contract.HOME).tail.splitlines()
+        return next((hint for line in said if (hint := hints.get(line)) is not None), None)
+    return None
+
+
+def _advice(monitor: BuildMonitor, facts: Facts, where: Where, known: Sequence[str] = ()) -> str:
     """What to do about the script that failed, as far as its last output tells; and where all of that is.
 
-    *killed_hint*: what to do if it was killed.
+    *known* is what was found out otherwise.
     """
     lines = monitor.tail(_READ_LINES)
     missing = tools_not_found(lines[-LAST_LINES:]) if where is Where.OUTSIDE else []
     found = [f"{problem.message}; {problem.hint}" for problem in missing]
-    hints = (scripts.advice(lines[-LAST_LINES:]), killed_hint, online.advice(lines, facts))
+    hints = (scripts.advice(lines[-LAST_LINES:]), *known, online.advice(lines, facts))
     return "; ".join([*found, *(hint for hint in hints if hint), _where(monitor)])
 
 

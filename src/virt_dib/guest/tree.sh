@@ -196,6 +196,18 @@ archive() {
     sync "$device"
 }
 
+# After a script that found no space: which of these directories have hardly any, or no inodes: 'blocks DIRECTORY' or
+# 'inodes DIRECTORY'.
+full() {
+    local directory
+    for directory; do
+        df --output=size,avail,itotal,iavail "$directory" 2>/dev/null | tail -n 1 |
+            awk -v directory="$directory" '
+                $2 < 1024 || $2 < $1 / 50 { print "blocks", directory; exit }
+                $3 + 0 > 0 && $4 < 16 { print "inodes", directory }'
+    done
+}
+
 # After cleanup.d, where no image is wanted: take everything down.
 let_go() {
     local root=$1
