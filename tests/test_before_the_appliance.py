@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from dib_releases import release
 from helpers import Run, make_element, virt_dib
 from on_terminal import on_terminal
 from test_failures import errors, fail, hidden, hints
-from virt_dib import prerequisites
+from virt_dib import prerequisites, tools
+from virt_dib.workspace import remove_leftovers
 
 FAILS = "#!/bin/sh\necho cannot set up guest memory >&2\nexit 1\n"
 TWO_IMAGES = """
@@ -86,6 +88,34 @@ def test_a_shell_in_a_phase_that_a_release_does_not_have(
     with on_terminal(arguments, cwd=out, environment=environment) as running:
         running.person.read_until(r"(?s)no.{1,20}shell,.*0\.1\.43.*no.{1,20}such.{1,20}phase:.{1,20}after-post-root")
         assert running.ended() == 1
+
+
+KILLED = """
+import os, signal, sys
+from virt_dib.cli import main
+event = sys.argv.pop(1)
+def kill(what, arguments):
+    if what == event and str(arguments[0]).endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("event", "left"), [("os.link", []), ("os.remove", ["x.log"])])
+def test_a_kill_while_the_log_gets_its_name_leaves_no_other_one(
+    qemu: Path, element_dir: Path, out: Path, tmp_path: Path, event: str, left: list[str]
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "LIBGUESTFS_HV": str(qemu), "VIRT_DIB_KVM": "off", "TMPDIR": str(temporary)}
+    words: list[str | Path] = ["--name", "x", "--skip-base", "-p", element_dir, "tiny-os"]
+    command = [sys.executable, "-c", KILLED, event, *words]
+    result = tools.run(command, doing="building", cwd=out, environment=environment, check=False)
+    assert result.exit_status == 128 + signal.SIGKILL
+    assert [name for name in os.listdir(out) if name.endswith(".partial")] != []
+    assert len(remove_leftovers(temporary)) == 1
+    assert os.listdir(out) == left
 
 
 def test_a_host_that_allows_no_disks_of_that_length(element_dir: Path, out: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -390,6 +391,46 @@ def test_ctrl_c_ends_the_command_and_the_machine(disk: Disk, tmp_path: Path) -> 
         assert process.wait(LIMIT_S) == 130
     assert list(tmp_path.glob("virt-dib-boot-*")) == []
     assert not any(str(disk.path).encode() in words for words in command_lines())
+
+
+WAITS = """
+import sys
+from pathlib import Path
+from virt_dib import boot
+path = Path(sys.argv[1])
+boot.boot_kernel(path, path, expect="x", accelerate=False)
+"""
+
+
+def test_what_a_killed_test_leaves_goes_at_the_next_start(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.write(boot_sector(b""))
+    fake, temporary = tmp_path / "bin/qemu-system-x86_64", tmp_path / "temporary"
+    for directory in (fake.parent, temporary):
+        directory.mkdir()
+    fake.write_text("#!/bin/sh\necho waiting\necho $$ >$TMPDIR/number\nexec sleep 600\n")
+    fake.chmod(0o755)
+    environment = {**os.environ, "TMPDIR": str(temporary), "PATH": f"{fake.parent}:/usr/bin:/bin"}
+    with tools.started([sys.executable, "-c", WAITS, disk.path], environment=environment) as process:
+        while not (numbers := [text for path in temporary.glob("*/number") if (text := path.read_text())]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        monkeypatch.setenv("TMPDIR", str(temporary))
+        boot.firmware_for(disk.path)
+        assert list(temporary.glob("virt-dib-boot-*/kernel"))
+        process.kill()
+        process.wait()
+    assert not qemu_is_left(numbers[0].strip())
+    boot.firmware_for(disk.path)
+    assert list(temporary.iterdir()) == []
+
+
+def qemu_is_left(number: str) -> bool:
+    until_s = time.monotonic() + LIMIT_S
+    while Path(f"/proc/{number}/exe").exists() and time.monotonic() < until_s:
+        time.sleep(0.02)
+    return Path(f"/proc/{number}/exe").exists()
 
 
 def command_lines() -> list[bytes]:

@@ -11,8 +11,10 @@ import io
 import json
 import os
 import re
+import signal
 import stat
 import struct
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -324,6 +326,32 @@ def test_what_a_build_has_written_that_fails(disk: Path, tmp_path: Path, left: l
 
 
 ALL_FILES = ("qcow2", "raw", "vhd", "vhdx", "vmdk", "vdi", "tar", "tgz", "squashfs", "oci")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from virt_dib import formats
+from virt_dib.spec import BuildSpec
+archive, target = map(Path, sys.argv[1:])
+def kill(event, arguments):
+    if event == "os.rename":
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+(output,) = formats.select(["tar"])
+spec = BuildSpec(name="x", output_dir=target.parent, elements=("one",))
+formats.write(spec, formats.Sources(disk=archive, archive=archive), {"x.tar": (target, output)}, archive.parent)
+"""
+
+
+def test_a_kill_while_the_archive_gets_its_name_leaves_no_other_one_beside_it(tmp_path: Path) -> None:
+    archive = archive_of([("./", None)], tmp_path / "archive")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.tar").touch()
+    command: list[str | Path] = [sys.executable, "-c", KILLED, archive, tmp_path / "out/x.tar"]
+    result = tools.run(command, doing="writing", environment=os.environ, check=False)
+    assert result.exit_status == 128 + signal.SIGKILL
+    assert os.listdir(tmp_path / "out") == ["x.tar"]
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o027, 0o077])

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -160,3 +163,103 @@ def test_the_qemus_that_we_start_ourselves_get_places_alone(tmp_path: Path, monk
         boot.boot_kernel(tmp_path / "kernel", tmp_path / "kernel", expect="x", accelerate=False)
     seen.append(variables(record.read_text()))
     assert [set(one) <= PLACES for one in seen] == [True, True], seen
+
+
+# ---- when virt-dib is killed ----
+
+# A program, what it has started, and what tells when both are there.
+LIVES = "sleep 600 & echo $$ $! >there.new; mv there.new there; exec sleep 600"
+TIDIES = "trap 'rm mess; exit' TERM; touch mess; echo $$ >there.new; mv there.new there; while :; do sleep 0.1; done"
+STARTERS = {
+    "started": f"with tools.started(['sh', '-c', {LIVES!r}]) as process: process.wait()",
+    "run": f"tools.run(['sh', '-c', {LIVES!r}], doing='waiting')",
+    "run-together": (
+        "tools.run_together({'a': tools.Command(words=['true']),"
+        f" 'b': tools.Command(words=['sh', '-c', {LIVES!r}], stdout=Path('out'))}})"
+    ),
+    "in-a-thread": (
+        f"thread = threading.Thread(target=lambda: tools.run(['sh', '-c', {LIVES!r}], doing='waiting')); thread.start()"
+    ),
+    "tidies-up": f"with tools.started(['sh', '-c', {TIDIES!r}], tidies_up=True) as process: process.wait()",
+    "attended": f"with tools.attended(['sh', '-c', {TIDIES!r}], environment=os.environ) as process: process.wait()",
+}
+
+
+def lives(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+@pytest.mark.parametrize("how", STARTERS)
+def test_programs_end_when_virt_dib_is_killed(tmp_path: Path, how: str, number: signal.Signals) -> None:
+    text = f"import os, threading\nfrom pathlib import Path\nfrom virt_dib import tools\n{STARTERS[how]}\n"
+    with tools.started([sys.executable, "-c", text], environment=os.environ, cwd=tmp_path) as virt_dib:
+        wait_until((tmp_path / "there").exists)
+        there = (tmp_path / "there").read_text().split()
+        guards = [one for one in children(virt_dib.pid) if one not in there]
+        assert all(map(lives, there))
+        # Without a handler it cannot tidy up after SIGTERM either.
+        virt_dib.send_signal(number)
+        virt_dib.wait()
+        wait_until(lambda: not any(map(lives, [*there, *guards])))
+    assert not (tmp_path / "mess").exists()
+
+
+def children(process: int) -> list[str]:
+    return [word for path in Path(f"/proc/{process}/task").glob("*/children") for word in path.read_text().split()]
+
+
+def test_a_guard_goes_with_what_it_guards(tmp_path: Path) -> None:
+    before = set(children(os.getpid()))
+    with tools.started(["sleep", "600"]) as process:
+        assert len(set(children(os.getpid())) - before) == 2
+    assert set(children(os.getpid())) == before
+    with pytest.raises(ToolError, match="cannot start"):
+        tools.run([tmp_path / "nothing"], doing="running it")
+    assert set(children(os.getpid())) == before
+    assert not lives(str(process.pid))
+
+
+GUARD = Path(tools.__file__).with_name("guest") / "host-guard.sh"
+
+
+def test_the_tree_of_processes_that_gets_a_signal_before_it_is_killed_keeps_its_guards() -> None:
+    with tools.started(["sleep", "600"]) as victim, guard() as (process, writer):
+        os.write(writer, b"%d\n" % victim.pid)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            process.send_signal(number)
+        os.close(writer)
+        assert victim.wait(60) == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[tuple[tools.Process, int]]:
+    """One that has begun, and the pipe to it."""
+    reader, writer = os.pipe()
+    with tools.started(["/bin/sh", GUARD, "KILL", "-"], stdin=reader) as process:
+        os.close(reader)
+        # It ignores signals when it waits for the first line.
+        wait_until(lambda: ignored(process.pid) >= {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+        yield process, writer
+
+
+def ignored(process: int) -> set[int]:
+    status = Path(f"/proc/{process}/status").read_text()
+    mask = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn:"))
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
+def test_a_guard_that_is_told_of_nothing_ends_nothing() -> None:
+    with guard() as (process, writer):
+        os.close(writer)
+        assert process.wait(60) == 0

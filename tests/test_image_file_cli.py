@@ -506,6 +506,19 @@ def test_a_signal_ends_all_builds(here: Here, number: signal.Signals, jobs: str)
     assert (b"a | told to end\n" if jobs == "2" else b"told to end\n") in out
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_kill_tells_all_builds_to_end(here: Here, jobs: str) -> None:
+    name = here.images(a={"CHILD_WAIT": "never"}, b={"CHILD_WAIT": "never"})
+    with here.running(name, "--jobs", jobs, "--cpus", "2", "--memory", "99999") as process:
+        for image in ("a", "b")[: int(jobs)]:
+            here.wait_for(f"{image}.started")
+        process.kill()
+        process.wait()
+        for image in here.started():
+            here.wait_for(f"{image}.told")
+            assert here.note(image, "told") == "SIGTERM"
+
+
 def test_a_build_that_does_not_listen_is_killed(here: Here) -> None:
     here.setup = "batch._END_TIMEOUT_S = 0.2"
     name = here.images(a={"CHILD_WAIT": "never", "CHILD_DEAF": "1"})

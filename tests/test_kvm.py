@@ -229,6 +229,17 @@ def test_a_corrupt_memory_is_written_anew(host: Host, content: bytes) -> None:
     assert list(host.cache_dir.iterdir()) == [memory]
 
 
+def test_what_a_killed_one_has_left_in_the_cache_goes(host: Host) -> None:
+    host.install_qemu(SPEAKS)
+    host.cache_dir.mkdir(exist_ok=True)
+    for name in (".kvm-old", ".kvm-new", "other"):
+        (host.cache_dir / name).touch()
+    for name in (".kvm-old", "other"):
+        os.utime(host.cache_dir / name, (0, 0))
+    host.choose()
+    assert {path.name for path in host.cache_dir.iterdir()} == {".kvm-new", "other", "kvm.json"}
+
+
 def test_other_machines_keep_their_entries_but_not_for_ever(host: Host) -> None:
     host.install_qemu(SPEAKS)
     host.cache_dir.mkdir()

@@ -35,6 +35,15 @@ def test_the_directory_holds_the_systems_lists_and_ours(tmp_path: Path, library:
     assert list((tmp_path / "cache").iterdir()) == [made]
 
 
+def test_what_a_killed_one_has_left_goes(tmp_path: Path, library: Path) -> None:
+    for name in (".appliance-old", ".appliance-new", "other"):
+        (tmp_path / "cache" / name / "new").mkdir(parents=True)
+    for name in (".appliance-old", "other"):
+        os.utime(tmp_path / "cache" / name, (0, 0))
+    made = supermin.prepare(tmp_path / "cache", [str(library)])
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".appliance-new", "other", made.name}
+
+
 def test_other_lists_make_another_directory(tmp_path: Path, library: Path) -> None:
     made = supermin.prepare(tmp_path / "cache", [str(library)])
     (library / "supermin.d/more").write_text("tar\n")

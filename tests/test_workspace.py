@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from virt_dib.workspace import note_elsewhere, open_workspace, remove_leftovers
+from virt_dib import staging, tools
+from virt_dib.errors import ToolError
+from virt_dib.workspace import claimed, note_elsewhere, open_workspace, remove_leftovers
 
 
 @pytest.fixture
@@ -82,3 +85,134 @@ def test_a_build_that_ends_on_its_own_tidies_up_itself(tmp_path: Path, out: Path
         note_elsewhere(directory, kept)
     assert not directory.exists()
     assert kept.exists()
+
+
+# ---- a kill at any moment ----
+
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from virt_dib.workspace import note_elsewhere, open_workspace, remove_leftovers
+
+what, parent, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open"}
+
+
+def fill(directory):
+    (directory / "a/b").mkdir(parents=True)
+    (directory / "a/b/file").touch()
+    (directory / "z").touch()
+    note_elsewhere(directory, out / "partial")
+    (out / "partial").mkdir()
+    (out / "partial/file").touch()
+
+
+def build():
+    with open_workspace(parent) as directory:
+        fill(directory)
+        (out / "partial/file").unlink()
+        (out / "partial").rmdir()
+
+
+def killed():
+    with open_workspace(parent) as directory:
+        fill(directory)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(work):
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def killed_at(moment, work):
+    left = moment
+
+    def count(event, arguments):
+        nonlocal left
+        if event in EVENTS and str(arguments[0]).startswith((str(parent), str(out))):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    work()
+
+
+moment, status = 0, None
+while status != 0:
+    if what == "tidy":
+        start(killed)
+    status = start(lambda: killed_at(moment, build if what == "build" else lambda: remove_leftovers(parent)))
+    # Those that are not claimed have to wait.
+    for bare in parent.glob(".virt-dib-*"):
+        assert set(os.listdir(bare)) <= {"lock"} or not (bare / "lock").exists(), os.listdir(bare)
+        os.utime(bare, (0, 0))
+    remove_leftovers(parent)
+    print(moment, sorted([*os.listdir(parent), *os.listdir(out)]))
+    for path in (*parent.iterdir(), *out.iterdir()):
+        path.rename(Path(sys.argv[4], f"{moment}-{path.name}"))
+    moment += 1
+"""
+
+
+@pytest.mark.parametrize("what", ["build", "tidy"])
+def test_the_next_start_finds_what_is_left_whenever_the_kill_comes(tmp_path: Path, out: Path, what: str) -> None:
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "kept").mkdir()
+    command: list[str | Path] = [sys.executable, "-c", KILLED_AT, what, tmp_path / "parent", out, tmp_path / "kept"]
+    lines = tools.run(command, doing="killing", environment=os.environ).stdout.splitlines()
+    assert len(lines) > 10
+    assert [line for line in lines if not line.endswith(" []")] == []
+
+
+def aged(directory: Path) -> Path:
+    os.utime(directory, (0, 0))
+    return directory
+
+
+def test_a_directory_without_its_lock_goes_when_nobody_can_be_about_to_claim_it(tmp_path: Path) -> None:
+    directories = {name: tmp_path / f".virt-dib-{name}" for name in ("new", "old", "begun", "foreign", "free", "held")}
+    for directory in directories.values():
+        directory.mkdir()
+    (directories["begun"] / "lock2x4").touch()
+    (directories["foreign"] / "file").touch()
+    (directories["free"] / "lock").touch()
+    (tmp_path / ".virt-dib-link").symlink_to(directories["foreign"])
+    (tmp_path / "virt-dib-empty").mkdir()
+    with claimed(directories["held"]):
+        for name in ("old", "begun", "foreign", "held"):
+            aged(directories[name])
+        aged(tmp_path / "virt-dib-empty")
+        assert set(remove_leftovers(tmp_path)) == {directories["begun"], directories["free"], directories["old"]}
+    assert set(os.listdir(tmp_path)) == {
+        ".virt-dib-new", ".virt-dib-foreign", ".virt-dib-held", ".virt-dib-link", "virt-dib-empty"
+    }  # fmt: skip
+    assert os.listdir(directories["foreign"]) == ["file"]
+
+
+def test_nobody_else_removes_a_directory_while_its_own_build_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    remove_tree = staging.remove_tree
+
+    def look(path: Path) -> None:
+        found.append(remove_leftovers(tmp_path))
+        remove_tree(path)
+
+    monkeypatch.setattr(staging, "remove_tree", look)
+    with open_workspace(tmp_path) as directory:
+        (directory / "tree").mkdir()
+    assert found == [[]]
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_place_for_a_directory_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ToolError, match="making a directory for the build"), open_workspace(tmp_path / "file"):
+        pass
+    assert os.listdir(tmp_path) == ["file"]

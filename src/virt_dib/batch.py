@@ -332,7 +332,7 @@ class _Batch:
             if self._jobs == 1:
                 process = stack.enter_context(tools.attended(command, environment=environment))
             else:
-                process = stack.enter_context(tools.started(command, environment=environment))
+                process = stack.enter_context(tools.started(command, environment=environment, tidies_up=True))
         except ToolError as error:
             self._ended(number, _NOT_STARTED, started=started, seconds=0.0, reason=str(error))
             return

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 import time
 import uuid
 from collections import deque
@@ -25,7 +24,9 @@ from virt_dib import kvm, tools
 from virt_dib.disk_images import HEAD_BYTES, format_by, qcow2_header
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
 from virt_dib.files import temp_dir
+from virt_dib.interrupts import shielded
 from virt_dib.plain_text import Sanitiser
+from virt_dib.workspace import PREFIX, private_directory, remove_leftovers
 
 FORMATS = ("raw", "qcow2")
 DEFAULT_EXPECT = r"login:"
@@ -331,15 +332,17 @@ def _quoted(path: Path) -> str:
 @contextlib.contextmanager
 def _private_dir() -> Iterator[Path]:
     parent = temp_dir()
-    try:
-        made = tempfile.TemporaryDirectory(prefix="virt-dib-boot-", dir=parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise ToolError(
-            f"making a directory for the boot test in '{parent}': {error.strerror}",
-            hint="set TMPDIR to a directory that you can write",
-        ) from error
-    with made as directory:
-        yield Path(directory)
+    remove_leftovers(parent)
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            try:
+                directory = stack.enter_context(private_directory(parent, f"{PREFIX}boot-"))
+            except OSError as error:
+                raise ToolError(
+                    f"making a directory for the boot test in '{parent}': {error.strerror}",
+                    hint="set TMPDIR to a directory that you can write",
+                ) from error
+        yield directory
 
 
 def _started(

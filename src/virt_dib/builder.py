@@ -132,7 +132,8 @@ def _build(spec: BuildSpec, problems: Sequence[Problem], options: RunOptions, mo
         plan = _plan(spec, workspace, [*problems, *wrong], options)
         lasting = spec.drop_in is None
         log_path = spec.output_dir / f"{spec.name}.log" if lasting else workspace / "build.log"
-        with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting):
+        on_elsewhere = functools.partial(note_elsewhere, workspace)
+        with drive.held(plan.drive), monitor.logging(log_path, lasting=lasting, on_elsewhere=on_elsewhere):
             monitor.planned([element.name for element in plan.elements], _steps(plan))
             phases = Phases(plan.hooks.owners, monitor, options.breaks, options.script_timeout_s)
             build = _Build(plan, phases, workspace, options)

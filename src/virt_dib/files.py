@@ -3,20 +3,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path, or of the target of a link, where no file can be."""
 _CHUNK_BYTES = 1 << 26
+_STALE_S = 3600.0
 
 
 def temp_dir(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/")) -> Path:
     """Where the disks of builds are: in the directory that libguestfs takes by guestfs(3), or in ``/var/tmp``."""
     return Path(environ.get("LIBGUESTFS_TMPDIR") or environ.get("TMPDIR") or root / "var/tmp")
+
+
+def remove_stale(directory: Path, pattern: str) -> None:
+    """Remove files and directories in *directory* with names that fit *pattern* and that are older than an hour.
+
+    They are what a killed process leaves that needs them for a moment. What cannot be removed stays.
+    """
+    for path in directory.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _STALE_S:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:

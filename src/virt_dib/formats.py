@@ -399,7 +399,8 @@ def _qemu_img_convert() -> list[str | Path]:
 
 def _take(archive: Path, target: Path) -> None:
     """Give the archive a second name in place of *target*, or copy it where that cannot be."""
-    beside = target.with_name(f".{secrets.token_hex(8)}")
+    # In the build's own directory, which the next build removes if this one is killed.
+    beside = archive.with_name(secrets.token_hex(8))
     try:
         os.link(archive, beside)
         beside.replace(target)

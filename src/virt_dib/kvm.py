@@ -25,6 +25,7 @@ from typing import IO, Protocol
 
 from virt_dib import tools
 from virt_dib.errors import ToolError, UsageError
+from virt_dib.files import remove_stale
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled
 from virt_dib.plain_text import printable
 
@@ -36,6 +37,7 @@ LIBGUESTFS_VARIABLE = "LIBGUESTFS_BACKEND_SETTINGS"
 
 _MEMORY_NAME = "kvm.json"
 _MEMORY_ENTRIES = 20
+_PARTIAL_PREFIX = ".kvm-"
 _KERNEL_SPOKE = b"Linux version"
 _TRIAL_MEMORY_MIB = 256
 _EXIT_WAIT_S = 2.0
@@ -325,7 +327,10 @@ class _Memory:
         entries[self._key] = {"acceleration": verdict.acceleration.value, "reason": verdict.reason}
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, prefix=".kvm-", delete=False) as stream:
+            remove_stale(self._path.parent, f"{_PARTIAL_PREFIX}*")
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._path.parent, prefix=_PARTIAL_PREFIX, delete=False
+            ) as stream:
                 partial = Path(stream.name)
                 with contextlib.ExitStack() as undo:
                     undo.callback(partial.unlink, missing_ok=True)

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from virt_dib.errors import ToolError
@@ -15,17 +16,20 @@ from virt_dib.errors import ToolError
 class LogFile:
     """The log of one build. A log of that name is replaced once the new one is open.
 
+    *on_elsewhere* is told of a file that only a killed build leaves.
+
     Raises:
         ToolError: it cannot be created, or another build is writing to that of its name; an earlier one is as it was.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_elsewhere: Callable[[Path], None] = lambda _: None) -> None:
         self.path = path
         self.newlines = 0
         self.at_line_start = True
         self._ended = False
         # A fresh name: whatever bears the final one, a link perhaps, is replaced and never written to.
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        on_elsewhere(partial)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             self._descriptor = os.open(partial, flags, 0o666)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO, final
@@ -154,15 +154,17 @@ class BuildMonitor:
             raise
 
     @contextlib.contextmanager
-    def logging(self, path: Path, *, lasting: bool = True) -> Iterator[None]:
+    def logging(
+        self, path: Path, *, lasting: bool = True, on_elsewhere: Callable[[Path], None] = lambda _: None
+    ) -> Iterator[None]:
         """Open the log *path*; close it with the error that ended the block as its last lines.
 
-        Messages name it only if it is *lasting*.
+        Messages name it only if it is *lasting*. *on_elsewhere* is as of :class:`virt_dib.log_file.LogFile`.
 
         Raises:
             ToolError: it cannot be created; an earlier one is as it was.
         """
-        self._log, self._log_path, self._log_lasts = LogFile(path), path, lasting
+        self._log, self._log_path, self._log_lasts = LogFile(path, on_elsewhere), path, lasting
         last_words: Sequence[str] = ()
         try:
             yield

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from virt_dib import ownership, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError, UsageError
+from virt_dib.files import remove_stale
 
 PACKAGES = (
     # what DIB's own programs need
@@ -54,6 +55,7 @@ HOST_FILES = (
 )
 """Files that no package's list holds, or that the host's administrator changed. Globs."""
 
+_PARTIAL_PREFIX = ".appliance-"
 _BUILT = "built"
 _FIXED = "appliance"
 _FIXED_FILES = ("kernel", "initrd", "root")
@@ -139,7 +141,8 @@ def prepare(cache_dir: Path, library_path: Sequence[str]) -> Path:
             _require_trust(directory)
             return directory
         ownership.make_private(cache_dir)
-        with tempfile.TemporaryDirectory(dir=cache_dir) as made:
+        remove_stale(cache_dir, f"{_PARTIAL_PREFIX}*")
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=_PARTIAL_PREFIX) as made:
             inside = Path(made, "new", "supermin.d")
             ownership.make_private(inside)
             for entry in system.iterdir():

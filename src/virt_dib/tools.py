@@ -27,6 +27,7 @@ Process = subprocess.Popen[bytes]
 
 _SYSTEM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "TMPDIR")
+_GUARD = Path(__file__).with_name("guest") / "host-guard.sh"
 _STOP_TIMEOUT_S = 3.0
 _ERROR_LINES = 5
 
@@ -111,58 +112,106 @@ def started(
     stderr: int = subprocess.PIPE,
     cwd: Path | None = None,
     umask: int = -1,
+    tidies_up: bool = False,
 ) -> Iterator[Process]:
-    """Start *command* in a process group of its own; nothing of that group outlives the block.
+    """Start *command* in a process group of its own; nothing of that group outlives the block, nor virt-dib.
 
     A group of its own: Ctrl-C on the terminal reaches virt-dib alone, which then stops the group.
     A program without a path is found by :func:`find`. *environment* is all that it gets; not given, that is
-    :func:`host_environment`. *umask* is the user's unless given.
+    :func:`host_environment`. *umask* is the user's unless given. What *tidies_up* gets SIGTERM when virt-dib is killed,
+    and what it has started is its own to stop then; others get SIGKILL.
 
     Raises:
         ToolError: the program cannot be started.
     """
     arguments = [os.fspath(part) for part in command]
-    try:
-        process = subprocess.Popen(  # noqa: S603 - without a shell, and by an absolute path
+
+    def start(path: str) -> Process:
+        return subprocess.Popen(  # noqa: S603 - without a shell, and by an absolute path
             arguments,
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
-            executable=_executable(arguments[0]),
+            executable=path,
             env=host_environment() if environment is None else dict(environment),
             cwd=cwd,
             umask=umask,
             start_new_session=True,
         )
-    except OSError as error:
-        raise ToolError(f"cannot start '{arguments[0]}': {error.strerror}") from error
-    try:
+
+    with _running(arguments[0], start, _signal_group, tidies_up=tidies_up) as process:
         yield process
-    finally:
-        with shielded():
-            _stop(process)
 
 
 @contextlib.contextmanager
 def attended(command: Sequence[str | Path], *, environment: Mapping[str, str]) -> Iterator[Process]:
     """Start *command* with the terminal and the streams of virt-dib, for programs that users may talk to.
 
-    Ctrl-C on the terminal reaches it, too. It does not outlive the block; what it starts itself is its own to stop.
+    Ctrl-C on the terminal reaches it, too. It does not outlive the block, and when virt-dib is killed it gets SIGTERM;
+    what it starts itself is its own to stop.
 
     Raises:
         ToolError: the program cannot be started.
     """
     arguments = [os.fspath(part) for part in command]
-    try:
-        path = _executable(arguments[0])
-        process = subprocess.Popen(arguments, executable=path, env=dict(environment))  # noqa: S603 - as in started
-    except OSError as error:
-        raise ToolError(f"cannot start '{arguments[0]}': {error.strerror}") from error
-    try:
+
+    def start(path: str) -> Process:
+        return subprocess.Popen(arguments, executable=path, env=dict(environment))  # noqa: S603 - as in started
+
+    with _running(arguments[0], start, subprocess.Popen.send_signal, tidies_up=True) as process:
         yield process
-    finally:
+
+
+@contextlib.contextmanager
+def _running(
+    program: str, start: Callable[[str], Process], send: Callable[[Process, int], None], *, tidies_up: bool
+) -> Iterator[Process]:
+    """What *start* makes of the path of *program*; whichever way the block is left, it ends."""
+    with contextlib.ExitStack() as stack:
         with shielded():
-            _stop(process, send=subprocess.Popen.send_signal)
+            entrust = stack.enter_context(_guard(tidies_up=tidies_up))
+            try:
+                process = start(_executable(program))
+            except OSError as error:
+                raise ToolError(f"cannot start '{program}': {error.strerror}") from error
+            stack.callback(_stop, process, send)
+            entrust(process)
+        yield process
+
+
+@contextlib.contextmanager
+def _guard(*, tidies_up: bool) -> Iterator[Callable[[Process], None]]:
+    """Somebody who ends a process that is entrusted to him if virt-dib is killed in the block.
+
+    The kernel would do so too, by a parent-death signal, but when the thread ends that has started the process, not for
+    setuid programs, and only if the program asks for it.
+    """
+    words = ("TERM", "") if tidies_up else ("KILL", "-")
+    guard = None
+    # Where there is no room for one more process, the program itself goes without a guard, or tells of it.
+    with contextlib.suppress(OSError):
+        guard = subprocess.Popen(  # noqa: S603 - as in started
+            ["/bin/sh", _GUARD, *words],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+
+    def entrust(process: Process) -> None:
+        if guard is not None and guard.stdin is not None:
+            with contextlib.suppress(OSError):
+                guard.stdin.write(b"%d\n" % process.pid)
+
+    try:
+        yield entrust
+    finally:
+        if guard is not None:
+            with shielded():
+                _kill(guard)
 
 
 def run(
@@ -311,11 +360,16 @@ def _signal_group(process: Process, number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _stop(process: Process, send: Callable[[Process, int], None] = _signal_group) -> None:
-    if process.poll() is None:
-        send(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_TIMEOUT_S)
+def _stop(process: Process, send: Callable[[Process, int], None]) -> None:
+    with shielded():
+        if process.poll() is None:
+            send(process, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_TIMEOUT_S)
+        _kill(process, send)
+
+
+def _kill(process: Process, send: Callable[[Process, int], None] = subprocess.Popen.send_signal) -> None:
     send(process, signal.SIGKILL)
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):

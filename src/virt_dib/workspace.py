@@ -9,7 +9,8 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from virt_dib import namespaces, staging, tools
@@ -19,7 +20,12 @@ from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
 _ELSEWHERE = "elsewhere"
-_PREFIX = "virt-dib-"
+PREFIX = "virt-dib-"
+"""How the names of directories begin that are claimed."""
+_BARE_PREFIX = f".{PREFIX}"
+"""How they begin before they have their locks, and when they are about to lose them: there is nothing else in them."""
+_BARE_S = 600.0
+"""So long nobody takes to give a directory its lock."""
 
 
 @contextlib.contextmanager
@@ -34,18 +40,36 @@ def open_workspace(parent: Path | None = None) -> Iterator[Path]:
     if parent is None:
         parent = temp_dir()
     remove_leftovers(parent)
-    with contextlib.ExitStack() as stack, shielded():
-        try:
-            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        except OSError as error:
-            raise ToolError(
-                f"making a directory for the build in '{parent}': {error.strerror}",
-                hint="set TMPDIR to a directory that you can write and that has space",
-            ) from error
-        stack.callback(_remove, directory)
-        stack.enter_context(claimed(directory))
-        kept = stack.pop_all()
-    with kept:
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            try:
+                directory = stack.enter_context(private_directory(parent))
+            except OSError as error:
+                raise ToolError(
+                    f"making a directory for the build in '{parent}': {error.strerror}",
+                    hint="set TMPDIR to a directory that you can write and that has space",
+                ) from error
+        yield directory
+
+
+@contextlib.contextmanager
+def private_directory(parent: Path, prefix: str = PREFIX) -> Iterator[Path]:
+    """A directory in *parent* that goes with the block or, if virt-dib is killed, by :func:`remove_leftovers`.
+
+    *prefix* is :data:`PREFIX`, and perhaps more.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            bare = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
+            stack.callback(_remove, bare)
+            stack.enter_context(claimed(bare))
+            directory = bare.with_name(bare.name.removeprefix("."))
+            bare.rename(directory)
+            # While it is locked: nobody else begins to remove it, too.
+            stack.callback(_remove, directory)
         yield directory
 
 
@@ -80,7 +104,7 @@ def remove_leftovers(parent: Path) -> list[Path]:
         names = sorted(os.listdir(parent))
     except OSError:
         return []
-    for workspace in (parent / name for name in names if name.startswith(_PREFIX)):
+    for workspace in (parent / name for name in names if name.startswith((PREFIX, _BARE_PREFIX))):
         with contextlib.suppress(OSError), _abandoned(workspace) as abandoned:
             if abandoned:
                 _remove_elsewhere(workspace)
@@ -103,26 +127,59 @@ def _remove_elsewhere(workspace: Path) -> None:
                 continue
             if names and not os.path.lexists(names[0]):
                 path.rename(names[0])
-            elif path.is_dir() and not path.is_symlink():
-                staging.remove_tree(path)
             else:
-                path.unlink()
+                _remove_any(path)
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory, quietly. There may be files of a sandbox in it."""
-    with shielded():
-        staging.remove_tree(directory)
-    if not os.path.exists(directory):
-        return
-    command = ["rm", "-rf", "--one-file-system", "--", directory.name]
-    with contextlib.suppress(ApplianceError, PrerequisiteError, ToolError), shielded():
+    """Remove a directory, quietly; its lock goes last, by which the next one finds what is left if this one is killed.
+
+    There may be files of a sandbox in it.
+    """
+    with shielded(), contextlib.suppress(OSError):
+        directory.chmod(stat.S_IRWXU)
+        for name in _content(directory):
+            _remove_any(directory / name)
+        if left := _content(directory):
+            _remove_others(directory, left)
+        if not _content(directory):
+            _remove_bare(directory)
+
+
+def _content(directory: Path) -> list[str]:
+    """What is in a directory beside its lock; the notes of what is elsewhere come last."""
+    return sorted(set(os.listdir(directory)) - {_LOCK}, key=lambda name: (name == _ELSEWHERE, name))
+
+
+def _remove_any(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        staging.remove_tree(path)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _remove_others(directory: Path, names: Sequence[str]) -> None:
+    """Remove what is not only this user's."""
+    command = ["rm", "-rf", "--one-file-system", "--", *names]
+    doing = f"removing '{directory}'"
+    with contextlib.suppress(ApplianceError, PrerequisiteError, ToolError):
         if os.geteuid() == 0:
             # Whose files they are is not known: each sandbox of root's has ids of its own.
-            tools.run(command, doing=f"removing '{directory}'", cwd=directory.parent)
+            tools.run(command, doing=doing, cwd=directory)
         else:
-            with namespaces.owner(namespaces.find_ids(), command, directory.parent) as inside:
-                namespaces.finish(inside, f"removing '{directory}'")
+            with namespaces.owner(namespaces.find_ids(), command, directory) as inside:
+                namespaces.finish(inside, doing)
+
+
+def _remove_bare(directory: Path) -> None:
+    """Remove a directory with nothing but its lock in it."""
+    bare = directory
+    if not directory.name.startswith(_BARE_PREFIX):
+        # By that name it is found without a lock, too.
+        bare = directory.rename(directory.with_name(f".{directory.name}"))
+    _remove_any(bare / _LOCK)
+    bare.rmdir()
 
 
 @contextlib.contextmanager
@@ -132,7 +189,13 @@ def _abandoned(workspace: Path) -> Iterator[bool]:
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
         yield False
         return
-    descriptor = os.open(workspace / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(workspace / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # A lock has another name as long as it is not locked.
+        bare = workspace.name.startswith(_BARE_PREFIX) and all(name.startswith(_LOCK) for name in os.listdir(workspace))
+        yield bare and time.time() - state.st_mtime > _BARE_S
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True

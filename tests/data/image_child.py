@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -33,8 +34,10 @@ def wait_for(condition: str, *, count: int = 1) -> None:
 
 
 def ended(number: int, _frame: FrameType | None) -> None:
-    print("told to end", flush=True)  # noqa: T201 - what it prints is the point
     note("told", signal.Signals(number).name)
+    # Nobody may be there to read it.
+    with contextlib.suppress(BrokenPipeError):
+        print("told to end", flush=True)  # noqa: T201 - what it prints is the point
     sys.exit(130)
 
 
