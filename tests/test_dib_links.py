@@ -62,4 +62,9 @@ def test_no_directory(tmp_path: Path) -> None:
     refused = links(tmp_path / "file")
     assert refused.exit_status == 1
     assert f"error: making links in '{tmp_path}/file'" in refused.stderr
-    assert links().exit_status == 2
+    unnamed = links()
+    assert unnamed.exit_status == 2
+    assert unnamed.stderr.splitlines() == [
+        "virt-dib-links: error: the following arguments are required: DIRECTORY",
+        "virt-dib-links: hint: 'virt-dib-links --help' lists all options",
+    ]
