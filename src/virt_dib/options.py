@@ -16,7 +16,7 @@ from typing import Protocol
 from virt_dib import break_points, formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
-from virt_dib.spec import COMPRESSIONS, INSTALL_TYPES, LABEL_LIMITS
+from virt_dib.spec import COMPRESSIONS, INSTALL_TYPES, LABEL_LIMITS, ExtraData, Isolation, Kvm
 from virt_dib.translation import translated
 from virt_dib.usage import HelpFormatter
 
@@ -268,9 +268,9 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "compression": COMPRESSIONS,
     "drive": Offer.FILE,
     "drive_format": DRIVE_FORMATS,
-    "isolation": ("vm", "sandbox", "auto"),
-    "extra_data": ("guest", "host"),
-    "kvm": ("auto", "on", "off"),
+    "isolation": tuple(one.value for one in Isolation),
+    "extra_data": tuple(one.value for one in ExtraData),
+    "kvm": tuple(one.value for one in Kvm),
     "config": Offer.FILE,
     "breaks": break_points.POINTS,
     "on_error": ON_ERROR,

@@ -34,6 +34,17 @@ class Isolation(enum.Enum):
     """The appliance where KVM works, otherwise the sandbox where that works."""
 
 
+class Kvm(enum.Enum):
+    """Whether virtual machines use KVM."""
+
+    AUTO = "auto"
+    """Where a trial shows that it works."""
+    ON = "on"
+    """Without a trial."""
+    OFF = "off"
+    """They are emulated."""
+
+
 class ExtraData(enum.Enum):
     """Where the scripts of extra-data.d run (docs/extra-data.md)."""
 
@@ -243,6 +254,7 @@ def check_spec(spec: BuildSpec) -> None:
 
 def _problems(spec: BuildSpec) -> Iterator[Problem]:
     checks = [functools.partial(check_name, spec.name), functools.partial(check_arch, spec.arch)]
+    checks.append(functools.partial(check_member, spec.extra_data, ExtraData))
     checks += [functools.partial(check_variable, *variable) for variable in spec.variables.items()]
     checks += [functools.partial(check_docker_target, spec.docker_target)] if spec.docker_target is not None else []
     for check in checks:
@@ -268,6 +280,17 @@ def _problems(spec: BuildSpec) -> Iterator[Problem]:
             yield Problem(f"unknown {what} '{value}'", f"choose from {', '.join(known)}")
     if "" in (*spec.elements, *spec.extra_packages, *spec.excluded_elements, *spec.excluded_scripts):
         yield Problem("cannot use an empty name of an element, package or script")
+
+
+def check_member(value: object, kind: type[enum.Enum]) -> None:
+    """Refuse what type checkers would: a text such as "sandbox", which would mean nothing and do something else.
+
+    Raises:
+        UsageError: *value* is no member of *kind*.
+    """
+    if not isinstance(value, kind):
+        known, kind_name = ", ".join(str(member) for member in kind), kind.__name__
+        raise UsageError(f"cannot use {value!r} as a value of {kind_name}", hint=f"choose from {known}")
 
 
 def check_name(name: str, written: str | None = None) -> None:
