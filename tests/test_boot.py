@@ -229,6 +229,11 @@ def partitioned(path: Path, tool: str, *arguments: str, text: str | None = None)
     return path
 
 
+def firmware_of(image: Path) -> Firmware:
+    """As the boot test finds it."""
+    return boot.firmware_by(boot.partition_table(image, boot.probe_format(image), image.parent))
+
+
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
@@ -242,8 +247,8 @@ def test_firmware_by_the_partition_table(tmp_path: Path, table: str, expected: F
     raw = partitioned(tmp_path / "disk.img", "sfdisk", "-q", text=table)
     qcow2 = tmp_path / "disk.qcow2"
     qemu_img("convert", "-O", "qcow2", raw, qcow2)
-    assert boot.firmware_for(raw) is expected
-    assert boot.firmware_for(qcow2) is expected
+    assert firmware_of(raw) is expected
+    assert firmware_of(qcow2) is expected
 
 
 @pytest.mark.parametrize("count", [0, 1, 2**32 - 1])
@@ -253,12 +258,12 @@ def test_a_hostile_gpt_is_just_no_uefi(tmp_path: Path, first_sector: int, count:
     header = b"EFI PART".ljust(72, b"\0") + struct.pack("<QIII", first_sector, count, size_bytes, 0)
     image = tmp_path / "disk.img"
     image.write_bytes(b"\0" * 512 + header + b"\0" * 4096)
-    assert boot.firmware_for(image) is Firmware.BIOS
+    assert firmware_of(image) is Firmware.BIOS
 
 
 def test_an_empty_image_is_just_no_uefi(tmp_path: Path) -> None:
     (tmp_path / "disk.img").write_bytes(b"")
-    assert boot.firmware_for(tmp_path / "disk.img") is Firmware.BIOS
+    assert firmware_of(tmp_path / "disk.img") is Firmware.BIOS
 
 
 # ---- images that are refused ----

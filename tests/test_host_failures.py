@@ -516,7 +516,7 @@ def test_a_temporary_directory_that_is_not_there(tmp_path: Path, monkeypatch: py
     assert "TMPDIR" in told(caught)[1]
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     with pytest.raises(ToolError) as caught:
-        boot.firmware_for(tmp_path / "image")
+        boot.boot_test(tmp_path / "image", image_format="raw", accelerate=False)
     assert told(caught)[0] == f"making a directory for the boot test in '{tmp_path}/none': No such file or directory"
     assert "TMPDIR" in told(caught)[1]
 

@@ -235,8 +235,8 @@ def test_a_source_distribution_has_what_all_this_is_made_of(tmp_path: Path) -> N
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "__pycache__", "locale")
     shutil.copytree(manual.DOCS.parent, source, ignore=ignored)
-    command = [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path / "sdist"]
-    tools.run(command, doing="making a source distribution", cwd=source)
+    words = ["setup.py", "-q", "sdist", "-d", str(tmp_path / "sdist")]
+    tools.run([sys.executable, *words], doing="making a source distribution", cwd=source)
     (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
     tools.run(["tar", "-xzf", archive], doing="unpacking it", cwd=tmp_path)
     (unpacked,) = tmp_path.glob("virt*dib-*/")

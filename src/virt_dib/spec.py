@@ -98,6 +98,10 @@ CHECKSUMS = ("md5", "sha256")
 DEFAULT_SIZE_BYTES = 5 * 1024**3
 """``--size`` when it is not given (manual, option --size)."""
 
+DEFAULT_MEMORY_MIB = 2048
+"""``--memsize`` when it is not given."""
+MOST_CPUS = 8
+"""What a build takes of the host when ``--smp`` is not given."""
 INSTALL_TYPES = ("source", "package", "repo")
 NUMBERS = {
     "debug_level": ("debug level", 0, 1000),
@@ -156,9 +160,9 @@ class BuildSpec:
     """``--envvar``, names and values as the elements are to see them."""
     debug_level: int = 0
     memory_mib: int | None = None
-    """None: enough for package installation (see ``appliance``)."""
+    """None: ``DEFAULT_MEMORY_MIB``, enough for package installation."""
     cpus: int | None = None
-    """None: the processors of this host, at most eight."""
+    """None: the processors of this host, at most ``MOST_CPUS``."""
     network: bool = True
     host_certificates: bool = True
     """Scripts trust the CA certificates of this host, while the build lasts."""
