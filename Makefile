@@ -9,7 +9,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 SHELL_SCRIPTS := $(sort $(wildcard src/virt_dib/guest/*.sh)) $(filter-out %.py,$(sort $(wildcard scripts/*))) .ci/run
-GENERATED_FROM := $(wildcard docs/*.rst generate/*.py generate/templates/* po/*)
+GENERATED_FROM := $(wildcard *.md docs/* generate/*.py generate/templates/* po/*)
 SOURCES := $(shell find src/virt_dib -name '*.py' -o -name '*.sh') scripts/demo scripts/mirrors
 
 .PHONY: help

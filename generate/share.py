@@ -14,6 +14,9 @@ COMPLETION_FILES = {
     "fish": ("fish/vendor_completions.d", "{}.fish"),
 }
 """Where each shell looks for the completion of a command, and by what name."""
+_ROOT = Path(__file__).parents[1]
+_PAGES = ("*.md", "LICENSE", "docs/*.*")
+"""What messages and the manual point to. They lie there as they do here, or their links would lead nowhere."""
 
 
 def make(top: Path) -> dict[str, list[str]]:
@@ -33,6 +36,9 @@ def make(top: Path) -> dict[str, list[str]]:
         write("doc/virt-dib", f"{source.stem}.html", manual.html_page(source))
         for name in manual.other_names(source):
             write("man/man1", f"{name}.1", manual.link_page(source))
+    for page in sorted(path for pattern in _PAGES for path in _ROOT.glob(pattern)):
+        place = Path("doc/virt-dib") / page.relative_to(_ROOT).parent
+        write(str(place), page.name, page.read_text(encoding="utf-8"))
     for command in completion.COMMANDS.values():
         for shell, (directory, name) in COMPLETION_FILES.items():
             write(directory, name.format(command.name), completion.script(command, shell))

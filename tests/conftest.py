@@ -25,8 +25,9 @@ from helpers import (
     skip_without,
     virt_dib,
 )
-from virt_dib import plan, staging, tools
+from virt_dib import staging, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 
 MEASURING = ("COVERAGE_PROCESS_START", "COVERAGE_DIR", "PYTEST_CURRENT_TEST")
@@ -104,7 +105,7 @@ def make_appliance(tmp_path_factory: pytest.TempPathFactory) -> MakeAppliance:
         settings = Settings(
             disks=[Disk(path=directory / "build.img", label="build")],
             cache_dir=cache_dir(),
-            memory_mib=plan.DEFAULT_MEMORY_MIB,
+            memory_mib=DEFAULT_MEMORY_MIB,
             cpus=2,
             network=False,
             accelerate=False,

@@ -114,6 +114,7 @@ BAD_SPECS: list[tuple[dict[str, object], str]] = [
     ({"fs_type": "ntfs"}, "unknown file system 'ntfs'"),
     ({"install_type": "x"}, "unknown install type 'x'"),
     ({"extra_packages": ("",)}, "cannot use an empty name"),
+    ({"extra_data": "host"}, "cannot use 'host' as a value of ExtraData"),
 ]
 
 
@@ -132,6 +133,25 @@ def test_a_nul_anywhere_is_an_error(change: dict[str, object], tmp_path: Path) -
     spec = api.BuildSpec(name="x", output_dir=tmp_path, elements=("tiny-os",))
     with pytest.raises(api.UsageError, match="there is a NUL in it"):
         api.plan_image(dataclasses.replace(spec, **change))  # type: ignore[arg-type] # fields by name
+
+
+@pytest.mark.parametrize("change", [{"kvm": "yes"}, {"kvm": "off"}, {"kvm": True}, {"isolation": "sandbox"}])
+def test_what_is_none_of_the_values_is_refused_and_means_nothing(change: dict[str, object], tmp_path: Path) -> None:
+    spec = api.BuildSpec(name="x", output_dir=tmp_path, elements=("tiny-os",))
+    options = api.RunOptions(**change)  # type: ignore[arg-type] # fields by name
+    (value,) = change.values()
+    told: list[api.Event] = []
+    with pytest.raises(api.UsageError, match=f"cannot use {value!r} as a value of (Kvm|Isolation)") as planned:
+        api.plan_image(spec, options=options)
+    assert "Kvm.AUTO, Kvm.ON, Kvm.OFF" in str(planned.value.problems[0].hint) or "isolation" in change
+    with pytest.raises(api.UsageError, match=re.escape(str(planned.value))):
+        api.build_image(spec, options=options, listener=told.append)
+    assert [type(event) for event in told] == [api.BuildStarted, api.ErrorFound, api.BuildFailed]
+
+
+def test_the_check_of_the_host_refuses_a_text_too() -> None:
+    with pytest.raises(api.UsageError, match="cannot use 'off' as a value of Kvm"):
+        api.check_host(kvm="off")  # type: ignore[arg-type] # what is refused
 
 
 def test_no_elements_is_an_error_as_with_the_command(tmp_path: Path) -> None:

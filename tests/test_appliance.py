@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from conftest import MakeAppliance
 from helpers import make_element, processes_of, virt_dib
 from virt_dib import appliance as appliance_module
-from virt_dib import plan, staging, supermin, tools
+from virt_dib import staging, supermin, tools
 from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import Event, Splitter
+from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 from virt_dib.terminal_link import LINK, Terminal
 
@@ -220,7 +221,7 @@ def test_an_appliance_that_stands_still_is_started_once_more(tmp_path: Path, mon
         disks=[Disk(path=tmp_path / "build.img", label="build")],
         program=program,
         cache_dir=cache_dir(),
-        memory_mib=plan.DEFAULT_MEMORY_MIB,
+        memory_mib=DEFAULT_MEMORY_MIB,
         cpus=2,
         network=False,
         accelerate=False,
@@ -306,7 +307,7 @@ def test_a_drive_that_is_full_or_not_let_go_of(tmp_path: Path) -> None:
         disks=[Disk(path=tmp_path / "build.img", label="build")],
         drive=Disk(path=drive, label="drive"),
         cache_dir=cache_dir(),
-        memory_mib=plan.DEFAULT_MEMORY_MIB,
+        memory_mib=DEFAULT_MEMORY_MIB,
         cpus=2,
         network=False,
         accelerate=False,

@@ -17,7 +17,7 @@ from virt_dib import __version__, cli, command_line, formats, tools
 from virt_dib.errors import Interrupted, PrerequisiteError, Problem, ScriptError, UsageError, VirtDibError
 from virt_dib.machine_readable import Target
 from virt_dib.options import build_parser
-from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, host_arch
+from virt_dib.spec import DEFAULT_SIZE_BYTES, LABEL_LIMITS, BuildSpec, Isolation, Kvm, host_arch
 
 GIB = 1 << 30
 MANUAL_OPTIONS = [
@@ -131,8 +131,8 @@ def test_option_sets_the_spec(arguments: list[str], field: str, value: object) -
         (["-qvx"], command_line.Options(quiet=True, verbose=True, trace=True)),
         (["--machine-readable"], command_line.Options(machine_readable=Target(descriptor=1))),
         (["--machine-readable=file:a:b"], command_line.Options(machine_readable=Target(path=Path("a:b")))),
-        (["--kvm", "on"], command_line.Options(kvm="on")),
-        (["--kvm=off"], command_line.Options(kvm="off")),
+        (["--kvm", "on"], command_line.Options(kvm=Kvm.ON)),
+        (["--kvm=off"], command_line.Options(kvm=Kvm.OFF)),
     ],
     ids=joined,
 )
@@ -155,9 +155,9 @@ def test_the_variable_for_the_docker_target() -> None:
 
 
 def test_the_variable_for_kvm_is_the_default_of_the_option() -> None:
-    assert parsed(environment={"VIRT_DIB_KVM": "off"}).options.kvm == "off"
-    assert parsed(environment={"VIRT_DIB_KVM": ""}).options.kvm == "auto"
-    assert parsed("--kvm", "on", environment={"VIRT_DIB_KVM": "off"}).options.kvm == "on"
+    assert parsed(environment={"VIRT_DIB_KVM": "off"}).options.kvm is Kvm.OFF
+    assert parsed(environment={"VIRT_DIB_KVM": ""}).options.kvm is Kvm.AUTO
+    assert parsed("--kvm", "on", environment={"VIRT_DIB_KVM": "off"}).options.kvm is Kvm.ON
 
 
 def test_the_variable_for_isolation_is_the_default_of_the_option() -> None:
@@ -291,7 +291,7 @@ def test_bad_value_leaves_the_default_so_that_the_rest_can_be_checked() -> None:
     bad = ["--name=", "--size=5Q", "--fs-type=x", "--formats=qcow", "-m0", "--smp=0", "--debug=x", "--arch=", "--kvm=x"]
     command = command_line.parse([*bad, "--root-label", "x" * 17, "vm"], {})
     assert len(command.problems) == len(bad)
-    assert command.options.kvm == "auto"
+    assert command.options.kvm is Kvm.AUTO
     assert command.spec == BuildSpec(
         name="image",
         output_dir=Path(),

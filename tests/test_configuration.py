@@ -23,7 +23,7 @@ from virt_dib.configuration import SETTINGS, Setting, Value
 from virt_dib.environment import OnHost
 from virt_dib.errors import UsageError
 from virt_dib.options import BY_NAME, GROUPS, OFFERS, Given, Offer, Takes
-from virt_dib.spec import Phase
+from virt_dib.spec import Kvm, Phase
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -593,10 +593,10 @@ def test_what_is_found_does_not_change_what_was_given() -> None:
 
 
 def test_what_other_commands_do_about_kvm(surroundings: dict[str, str], user: Path) -> None:
-    assert command_line.wanted_kvm(surroundings) == "auto"
+    assert command_line.wanted_kvm(surroundings) is Kvm.AUTO
     file = write(user, "kvm = 'off'\n")
-    assert command_line.wanted_kvm(surroundings) == "off"
-    assert command_line.wanted_kvm({**surroundings, "VIRT_DIB_KVM": "on"}) == "on"
+    assert command_line.wanted_kvm(surroundings) is Kvm.OFF
+    assert command_line.wanted_kvm({**surroundings, "VIRT_DIB_KVM": "on"}) is Kvm.ON
     write(user, "kvm = 'of'\nsmpp = 2\n")
     with pytest.raises(UsageError) as caught:
         command_line.wanted_kvm(surroundings)
@@ -604,6 +604,16 @@ def test_what_other_commands_do_about_kvm(surroundings: dict[str, str], user: Pa
         f"in {file}:2: unknown setting 'smpp'",
         f"in {file}:1: unknown value of --kvm 'of'",
     ]
+
+
+def test_where_other_commands_look_for_diskimage_builder(surroundings: dict[str, str], user: Path) -> None:
+    assert command_line.wanted_dib(surroundings) == (None, None)
+    write(user, f"python = '{sys.executable}'\ndib-library = '/dib/lib'\n")
+    assert command_line.wanted_dib(surroundings) == (Path("/dib/lib"), Path(sys.executable))
+    there = command_line.wanted_dib({**surroundings, "VIRT_DIB_DIB_LIBRARY": "/other/lib"})
+    assert there == (Path("/other/lib"), Path(sys.executable))
+    with pytest.raises(UsageError, match="in VIRT_DIB_PYTHON: cannot use '/no/python' as --python"):
+        command_line.wanted_dib({**surroundings, "VIRT_DIB_PYTHON": "/no/python"})
 
 
 def test_the_doctor_tells_what_is_wrong_with_the_settings(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts see in each phase, against contract sections 1.4 and 1.5; written from the contract, not the code.
+"""What scripts see in each phase, against contract sections 1.4 and 1.5.
 
 All of it holds for both isolations. What may differ in the sandbox, docs/isolation.md says.
 """

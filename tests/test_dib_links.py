@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from virt_dib import tools
-from virt_dib.dib_links import NAMES
+from virt_dib.dib_links import NAMES, main
 
 COMMANDS = Path(sys.executable).parent
 
@@ -62,4 +62,11 @@ def test_no_directory(tmp_path: Path) -> None:
     refused = links(tmp_path / "file")
     assert refused.exit_status == 1
     assert f"error: making links in '{tmp_path}/file'" in refused.stderr
-    assert links().exit_status == 2
+
+
+def test_no_directory_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "virt-dib-links: error: the following arguments are required: DIRECTORY",
+        "virt-dib-links: hint: 'virt-dib-links --help' lists all options",
+    ]

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
-from virt_dib import boot, doctor, formats, kvm, prerequisites, tools
+from virt_dib import boot, dib, doctor, formats, kvm, prerequisites, tools
 from virt_dib.errors import Problem
 from virt_dib.prerequisites import Check, Host
+from virt_dib.spec import Kvm
 from virt_dib.terminal import columns_of
 
 DEBIAN = 'ID=debian\nVERSION="12 (bookworm)"\n'
@@ -58,7 +60,7 @@ class FakeHost:
         return prerequisites.require_prerequisites(Host(root=self.root, environ=self.environ))
 
     def checks(self) -> Mapping[str, Check]:
-        results = prerequisites.checks(Host(root=self.root, environ=self.environ), cache=self.cache, wanted="off")
+        results = prerequisites.checks(Host(root=self.root, environ=self.environ), cache=self.cache, wanted=Kvm.OFF)
         return {check.name: check for check in results}
 
 
@@ -354,8 +356,42 @@ def test_the_command_with_a_bad_setting() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_the_command_looks_for_diskimage_builder_where_a_build_does(tmp_path: Path) -> None:
+    """In a Python that has none, a build works with one that is named elsewhere."""
+    bare, full = tmp_path / "bare", tmp_path / "full"
+    tools.run([sys.executable, "-m", "venv", "--without-pip", bare], doing="making an environment")
+    full.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    full.chmod(0o755)
+    source = str(Path(doctor.__file__).parents[1])
+    (tmp_path / "yaml").symlink_to(Path(yaml.__file__).parent)
+    program = "import sys; from virt_dib.doctor import main; sys.exit(main())"
+    surroundings = {
+        "PATH": os.defpath, "PYTHONPATH": f"{source}:{tmp_path}", "XDG_CACHE_HOME": str(tmp_path),
+        "HOME": str(tmp_path), "VIRT_DIB_KVM": "off",
+    }  # fmt: skip
+
+    def line(**settings: str) -> str:
+        command: list[str | Path] = [bare / "bin/python", "-c", program]
+        environment = {**surroundings, **settings}
+        said = tools.run(command, doing="running the doctor", environment=environment, check=False).stdout
+        return next(line for line in said.splitlines() if "  diskimage-builder  " in line)
+
+    assert line().startswith("missing ")
+    assert line(VIRT_DIB_PYTHON=str(full)).startswith("ok ")
+    library = dib.find_installation(None).library_dir
+    assert line(VIRT_DIB_PYTHON=str(full), VIRT_DIB_DIB_LIBRARY=str(library)).startswith("ok ")
+    (tmp_path / "config.toml").write_text(f"python = '{full}'\n")
+    assert line(VIRT_DIB_CONFIG=str(tmp_path / "config.toml")).startswith("ok ")
+    assert line(VIRT_DIB_PYTHON=str(full), VIRT_DIB_DIB_LIBRARY="/no/lib").startswith("missing ")
+
+
 def test_the_command_with_arguments_it_does_not_know() -> None:
-    assert run_doctor({}, "--frob").exit_status == 2
+    result = run_doctor({}, "--frob")
+    assert (result.exit_status, result.stdout) == (2, "")
+    assert result.stderr.splitlines() == [
+        "virt-dib-doctor: error: unrecognized arguments: --frob",
+        "virt-dib-doctor: hint: 'virt-dib-doctor --help' lists all options",
+    ]
 
 
 @pytest.mark.appliance

@@ -17,10 +17,11 @@ from typing import NoReturn
 import pytest
 
 from helpers import ExtFiles, Run, files_in_image, make_element, make_tiny_os, virt_dib
-from virt_dib import plan, staging, tools
+from virt_dib import staging, tools
 from virt_dib.appliance import Disk, Settings, open_appliance
 from virt_dib.drive import Drive, held, inspect, note_format
 from virt_dib.errors import Interrupted, UsageError
+from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 
 DISK_BYTES = 256 << 20
@@ -308,7 +309,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         ],
         drive=Disk(path=own, label="drive"),
         cache_dir=cache_dir(),
-        memory_mib=plan.DEFAULT_MEMORY_MIB,
+        memory_mib=DEFAULT_MEMORY_MIB,
         cpus=2,
         network=False,
         accelerate=False,

@@ -54,6 +54,7 @@ from virt_dib.errors import (
     UsageError,
     VirtDibError,
 )
+from virt_dib.interrupts import Cancellation, cancellable
 from virt_dib.jobs import JobResult
 from virt_dib.spec import BuildSpec
 from virt_dib.workspace import open_workspace
@@ -373,6 +374,19 @@ def test_a_program_for_networks_that_fails(
     )
 
 
+def test_waiting_for_a_network_can_be_cancelled(first_on_path: Callable[[str, str], Path]) -> None:
+    """Of a program that never says that it is ready."""
+    first_on_path("slirp4netns", "exec sleep 20")
+    cancellation = Cancellation()
+    timer = threading.Timer(0.2, cancellation.cancel)
+    timer.start()
+    try:
+        with pytest.raises(Interrupted), cancellable(cancellation), network.connected(os.getpid()):
+            pass
+    finally:
+        timer.cancel()
+
+
 # ---- files that the host refuses, wherever in a build that is ----
 
 
@@ -434,7 +448,7 @@ def test_none_for_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     if tools.find("disk-image-create") is not None:
         pytest.skip("the command is installed on this host")
-    check = prerequisites._dib()
+    check = prerequisites._dib(None, None)
     assert (check.ok, check.required) == (False, True)
     assert check.detail == "diskimage-builder not found, needed to build images"
     assert "pip install diskimage-builder" in (check.hint or "")
@@ -502,7 +516,7 @@ def test_a_temporary_directory_that_is_not_there(tmp_path: Path, monkeypatch: py
     assert "TMPDIR" in told(caught)[1]
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     with pytest.raises(ToolError) as caught:
-        boot.firmware_for(tmp_path / "image")
+        boot.boot_test(tmp_path / "image", image_format="raw", accelerate=False)
     assert told(caught)[0] == f"making a directory for the boot test in '{tmp_path}/none': No such file or directory"
     assert "TMPDIR" in told(caught)[1]
 

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import TESTS
-from virt_dib import __version__, batch, configuration, image_file_cli, plan, tools
+from virt_dib import __version__, batch, configuration, image_file_cli, tools
 from virt_dib.image_file import KEYS
 
 ROOT = TESTS.parent
@@ -125,7 +125,6 @@ class Here:
 # ---- beside the real one ----
 
 Commands = list[tuple[bool, dict[str, str], list[str]]]
-SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def commands_in(text: str, program: re.Pattern[str]) -> Commands:
@@ -393,7 +392,6 @@ def test_processors_are_shared_out(here: Here, arguments: Sequence[str], shares:
 
 
 def test_a_build_that_nothing_is_said_for_takes_what_virt_dib_takes() -> None:
-    assert batch.DEFAULT_MEMORY_MIB == plan.DEFAULT_MEMORY_MIB
     variables = {setting.dest: setting.variable for setting in configuration.SETTINGS}
     assert (variables["cpus"], variables["memory"]) == (batch.CPUS_VARIABLE, batch.MEMORY_VARIABLE)
 

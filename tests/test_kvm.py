@@ -11,6 +11,7 @@ import pytest
 from virt_dib import kvm
 from virt_dib.errors import UsageError
 from virt_dib.kvm import Acceleration
+from virt_dib.spec import Kvm
 
 LIMIT_S = 2.0
 SPEAKS = "echo 'SeaBIOS'; echo '[    0.000000] Linux version 6.1.0 (gcc)'; exec sleep 600"
@@ -46,7 +47,7 @@ class Host:
         )
         self.qemu.chmod(0o755)
 
-    def choose(self, *, wanted: str = "auto", again: bool = False) -> kvm.Verdict:
+    def choose(self, *, wanted: Kvm = Kvm.AUTO, again: bool = False) -> kvm.Verdict:
         return kvm.choose(
             wanted=wanted,
             kernel=self.kernel,
@@ -162,12 +163,12 @@ def test_a_qemu_that_cannot_be_started(host: Host) -> None:
     assert verdict.reason.startswith("qemu does not run: ")
 
 
-@pytest.mark.parametrize(("wanted", "acceleration"), [("on", Acceleration.KVM), ("off", Acceleration.EMULATION)])
-def test_either_way_can_be_forced(host: Host, wanted: str, acceleration: Acceleration) -> None:
-    host.install_qemu(ABORTS if wanted == "on" else SPEAKS)
+@pytest.mark.parametrize(("wanted", "acceleration"), [(Kvm.ON, Acceleration.KVM), (Kvm.OFF, Acceleration.EMULATION)])
+def test_either_way_can_be_forced(host: Host, wanted: Kvm, acceleration: Acceleration) -> None:
+    host.install_qemu(ABORTS if wanted is Kvm.ON else SPEAKS)
     verdict = host.choose(wanted=wanted)
     assert verdict.acceleration is acceleration
-    assert verdict.reason.startswith(f"KVM is forced {wanted} ")
+    assert verdict.reason.startswith(f"KVM is forced {wanted.value} ")
     assert host.trials == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -215,6 +216,37 @@ def test_a_page_of_two_commands_is_found_by_both_names(tmp_path: Path) -> None:
     )
     assert result.stdout.startswith("VIRT-DISK-IMAGE-CREATE(1)")
     assert "EXIT STATUS" in result.stdout
+
+
+def test_the_pages_that_messages_name_are_installed_with_all_that_they_link_to(tmp_path: Path) -> None:
+    files = {Path(path) for paths in share.make(tmp_path).values() for path in paths}
+    top = tmp_path / "doc" / "virt-dib"
+    code = "".join(path.read_text() for path in (manual.DOCS.parent / "src").rglob("*.py"))
+    code += "".join(path.read_text() for path in manual.sources())
+    named = set(re.findall(r"\bdocs/[a-z-]+\.(?:md|schema\.json)", code))
+    assert {"docs/caches.md", "docs/troubleshooting.md", "docs/machine-readable.schema.json"} <= named
+    assert [name for name in sorted(named) if top / name not in files] == []
+    for page in [top / "README.md", *(top / "docs").glob("*.md")]:
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+
+
+def test_a_source_distribution_has_what_all_this_is_made_of(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "__pycache__", "locale")
+    shutil.copytree(manual.DOCS.parent, source, ignore=ignored)
+    words = ["setup.py", "-q", "sdist", "-d", str(tmp_path / "sdist")]
+    tools.run([sys.executable, *words], doing="making a source distribution", cwd=source)
+    (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
+    tools.run(["tar", "-xzf", archive], doing="unpacking it", cwd=tmp_path)
+    (unpacked,) = tmp_path.glob("virt*dib-*/")
+    tools.run([sys.executable, "-m", "generate.share", tmp_path / "made"], doing="making the files", cwd=unpacked)
+    share.make(tmp_path / "expected")
+    made, expected = (
+        {str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()}
+        for top in (tmp_path / "made", tmp_path / "expected")
+    )
+    assert made == expected
 
 
 def test_manual_and_completion_are_installed_with_the_package() -> None:

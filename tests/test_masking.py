@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote, quote_plus, urlencode
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import make_element, virt_dib
 from virt_dib import api, batch, environment, events, image_file, machine_readable
 from virt_dib.appliance import Disk, Settings, _handle, _without_job, binding_problem
 from virt_dib.cli import report_errors
+from virt_dib.dib import find_installation
 from virt_dib.errors import Problem, ToolError, UsageError, VirtDibError
 from virt_dib.masking import MASK, Mask, is_secret
 from virt_dib.monitor import BuildMonitor
@@ -30,6 +35,9 @@ VALUE = "s3cr3t-Value/1234"
         "PASSWORD", "DIB_DEV_USER_PASSWORD", "db_password", "ADMINPASSWORD", "ROOT_PASSWD", "GPG_PASSPHRASE", "DB_PASS",
         "DB_PWD", "GITHUB_TOKEN", "GITHUBTOKEN", "NPM_TOKENS", "AWS_SECRET_ACCESS_KEY", "CLIENT_SECRET", "API_KEY",
         "APIKEY", "SSH_PRIVATE_KEY", "GPG_PRIVATE_KEY", "REG_ACTIVATION_KEY", "OS_CREDENTIALS", "AWS_CREDS", "DIB_KEYS",
+        "DB_PASSWORD1", "DB_PASS1", "DB_PASSWORD_2", "TOKEN2", "TOKENS2", "KEY1", "AWS_SECRETKEY", "MINIO_ACCESSKEY",
+        "SSH_PRIVATEKEY", "ENCRYPTIONKEY", "API_KEY_PROD", "SIGNING_KEY_B64", "LUKS_KEY_HEX", "ADMINPWD", "ROOTPW",
+        "DB_PWD_OLD", "DBPASS", "GITHUB_PAT", "HTTP_AUTH", "DOCKER_AUTH_CONFIG", "BEARER", "TS_AUTHKEY", "DIB_SAT_KEY",
     ],
 )  # fmt: skip
 def test_names_of_secrets(name: str) -> None:
@@ -43,6 +51,9 @@ def test_names_of_secrets(name: str) -> None:
         "DIB_DEV_USER_AUTHORIZED_KEYS", "ZUUL_USER_SSH_PUBLIC_KEY", "DIB_IPA_KEY_FILE", "DIB_DEV_USER_PWDLESS_SUDO",
         "PASSWORDLESS", "BYPASS", "COMPASS", "TOKENIZER", "DIB_TOKEN_URL", "TOKEN_TTL", "AWS_ACCESS_KEY_ID", "KEYS_DIR",
         "SECRETARY", "DIB_RELEASE", "DIB_REPOLOCATION_keystone", "MONKEY", "DIB_GPG_KEY", "CREDENTIAL_HELPER", "_", "",
+        "KEYRING1", "DIB_APT_KEY2", "PUBLIC_SSH_KEY", "SSH_PUBLIC_KEY_1", "SSH_PUBLIC_KEY_PROD", "KEY_FILE2",
+        "OS_AUTH_URL", "SSH_AUTH_SOCK", "DIB_CLOUD_INIT_ALLOW_SSH_PWAUTH", "DIB_GPG_KEY_SERVER", "PATTERN", "DIB_PATH",
+        "AUTHOR", "1", "_2",
     ],
 )  # fmt: skip
 def test_names_of_what_is_none(name: str) -> None:
@@ -59,11 +70,39 @@ def test_names_of_what_is_none(name: str) -> None:
         "/etc/passwd",
         "file:///etc",
         "ssh-ed25519 AAAAC3Nza me",
+        "ssh-rsa AAAAB3NzaC1yc2E= of two words\necdsa-sha2-nistp256 AAAAE2VjZHNh\n",
+        "sk-ssh-ed25519@openssh.com AAAAGnNr me",
         "-----BEGIN CERTIFICATE-----\nMII",
+        "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nmQ",
     ],
 )
 def test_values_that_are_no_secrets_whatever_their_name(value: str) -> None:
     assert not is_secret("MY_SECRET_KEY", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "sk-horse battery staple",
+        "ssh-horse battery staple",
+        "ssh-rsa battery staple",
+        "ssh-ed25519 AAAAC3Nza me\nhorse battery staple",
+        "-----BEGIN CERTIFICATE OF A HORSE",
+        "-----BEGIN CERTIFICATE-----\nMII\n-----BEGIN RSA PRIVATE KEY-----\nMII",
+    ],
+)
+def test_values_that_only_begin_like_public_keys(value: str) -> None:
+    assert is_secret("DB_PASSWORD", value)
+
+
+def test_the_secrets_among_the_variables_of_dibs_elements() -> None:
+    """No others: people are to see how their image is built."""
+    files = [path for path in find_installation(None).elements_dir.rglob("*") if path.is_file()]
+    names = {name for path in files for name in re.findall(r"\b[A-Z][A-Z0-9_]+\b", path.read_text(errors="replace"))}
+    assert {"DIB_DEV_USER_AUTHORIZED_KEYS", "DIB_ADD_APT_KEYS", "DIB_DEBIAN_KEYRING"} <= names
+    assert {name for name in names if name.startswith(("DIB_", "REG_")) and is_secret(name, VALUE)} == {
+        "DIB_DEV_USER_PASSWORD", "DIB_RHSM_PASSWORD", "DIB_SAT_KEY", "REG_ACTIVATION_KEY", "REG_PASSWORD",
+    }  # fmt: skip
 
 
 def test_the_address_of_a_key_is_none_but_of_a_secret_may_be_one() -> None:
@@ -120,6 +159,32 @@ def test_long_texts_take_no_longer_than_their_length(piece: str) -> None:
 def test_no_text_holds_a_secret_afterwards(text: str, secret: str) -> None:
     if is_secret("A_SECRET", secret) and secret.strip() == secret and MASK not in secret and secret not in MASK:
         assert secret not in Mask({"A_SECRET": secret})(f"{text}{secret}").replace(MASK, "\n")
+
+
+QUOTES = [("", ""), ("'", "'"), ('"', '"'), ("'it\\'s \"", "\"'")]
+
+ENCODINGS: dict[str, Callable[[str], str]] = {
+    "itself": str,
+    "URL": lambda text: quote(text, safe=""),
+    "URL, lower case": lambda text: re.sub("%..", lambda found: found[0].lower(), quote(text, safe="")),
+    "path of a URL": quote,
+    "form": quote_plus,
+    "query": lambda text: urlencode({"x": text}).removeprefix("x="),
+    "repr": repr,
+    "repr of a longer text": lambda text: repr(f"""it's "{text}\""""),
+    "ascii": ascii,
+    "JSON": json.dumps,
+    "JSON with other letters": lambda text: json.dumps(text, ensure_ascii=False),
+    "shell": shlex.quote,
+}
+
+
+@given(st.text(st.sampled_from("aB3/ +&%'\"\\\tä字"), min_size=8), st.sampled_from(list(ENCODINGS)))
+@example('p@ss/w rd+\'s "ü"', "repr of a longer text")
+def test_no_text_holds_an_encoded_secret_afterwards(secret: str, encoding: str) -> None:
+    if is_secret("A_SECRET", secret) and len(secret.strip()) >= 8:
+        encoded = ENCODINGS[encoding](secret)
+        assert Mask({"A_SECRET": secret})(f"<{encoded}>") in {f"<{quotes[0]}{MASK}{quotes[1]}>" for quotes in QUOTES}
 
 
 def test_a_job_is_not_in_what_libguestfs_tells_of_its_calls() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from helpers import TESTS, make_element
-from virt_dib import environment, plan, prerequisites, tools
+from virt_dib import environment, prerequisites, tools
 from virt_dib.errors import Problem, UsageError, VirtDibError
 from virt_dib.plan import BuildPlan, make_plan
-from virt_dib.spec import BuildSpec, Phase
+from virt_dib.spec import DEFAULT_MEMORY_MIB, BuildSpec, Phase
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_a_directory_that_may_not_be_written(place: Path) -> None:
 def test_the_build_takes_no_more_processors_than_eight(place: Path) -> None:
     made = planned(place)
     assert 1 <= made.cpus <= 8
-    assert made.memory_mib == plan.DEFAULT_MEMORY_MIB
+    assert made.memory_mib == DEFAULT_MEMORY_MIB
 
 
 def test_two_places_for_one_cache(place: Path) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A partitioned image from each release of DIB, looked into without mounting it, and what its scripts saw.
 
-Written from contract sections 1.5 and 2. One release in the sandbox is built by ``make test``, the others, in both
+Contract sections 1.5 and 2. One release in the sandbox is built by ``make test``, the others, in both
 isolations, by ``make test-full``.
 """
 

@@ -30,7 +30,6 @@ from virt_dib.sandbox import Sandbox, Settings, open_sandbox
 pytestmark = pytest.mark.sandbox
 
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-RUNNER = PATH | {"LC_ALL": "C"}
 GUEST = "/dib/guest"
 DEVICES = {"full", "null", "random", "tty", "urandom", "zero"}
 WAIT_S = 20.0

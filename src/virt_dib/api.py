@@ -46,7 +46,7 @@ from virt_dib.machine_readable import event_json
 from virt_dib.monitor import Display, summary
 from virt_dib.prerequisites import Check, check_host
 from virt_dib.report import Artifact, BuildReport, PhaseResult, ScriptResult
-from virt_dib.spec import BuildSpec, ExtraData, Isolation, Phase
+from virt_dib.spec import BuildSpec, ExtraData, Isolation, Kvm, Phase
 
 __all__ = [
     "ApplianceError",
@@ -73,6 +73,7 @@ __all__ = [
     "ImagePlan",
     "Interrupted",
     "Isolation",
+    "Kvm",
     "Listener",
     "Message",
     "Output",

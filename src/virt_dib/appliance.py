@@ -366,7 +366,11 @@ class Appliance:
         functions: str = "",
         terminal: Terminal,
     ) -> int:
-        """Run *command* as :meth:`virt_dib.jobs.Runner.shell` has it; ``Settings.shell_socket`` is where."""
+        """Run *command* as :meth:`virt_dib.jobs.Runner.shell` has it; ``Settings.shell_socket`` is where.
+
+        Raises:
+            ApplianceError: the appliance cannot open one, or ends.
+        """
         token, tail = secrets.token_hex(12), Tail()
         with socket.socket(socket.AF_UNIX) as stream:
             try:

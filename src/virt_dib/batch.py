@@ -15,15 +15,17 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 from virt_dib import configuration, masking, tools
 from virt_dib.errors import Interrupted, Problem, ToolError
+from virt_dib.events import now
 from virt_dib.image_file import ImageRequest
 from virt_dib.interrupts import shielded
 from virt_dib.plain_text import Sanitiser, one_line, write_out
+from virt_dib.spec import DEFAULT_MEMORY_MIB, MOST_CPUS
 
 _MODULE = "virt_dib.dib_cli"
 _OLD_START = f"import sys; del sys.path[0]; import runpy; runpy.run_module('{_MODULE}', run_name='__main__')"
@@ -42,9 +44,6 @@ OF_FILES = "--virt-dib-for=diskimage-builder"
 MEMORY_VARIABLE, CPUS_VARIABLE = "VIRT_DIB_MEMSIZE", "VIRT_DIB_SMP"
 VERSION = 1
 """Of the result's form; new fields do not change it."""
-DEFAULT_MEMORY_MIB = 2048
-"""Of a build that nothing else is said for; tests compare it with plan's."""
-_MOST_CPUS = 8
 _END_TIMEOUT_S = 30.0
 """A build that is told to end has an appliance to stop, and perhaps a drive to leave whole."""
 _HEARD_S = 1.0
@@ -265,7 +264,7 @@ class _Batch:
         self._cpus = limits.cpus or len(os.sched_getaffinity(0))
         self._memory_mib = limits.memory_mib or (_available_mib() if limits.jobs > 1 else sys.maxsize)
         at_once = max(1, min(limits.jobs, len(self._requests)))
-        self._share = max(1, min(_MOST_CPUS, self._cpus // at_once))
+        self._share = max(1, min(MOST_CPUS, self._cpus // at_once))
         self._needs = [_Needs.of(_settings(request).values) for request in self._requests]
         self._next = 0
         self._stopped = False
@@ -274,7 +273,7 @@ class _Batch:
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> BatchReport:
-        started, begun = _now(), time.monotonic()
+        started, begun = now(), time.monotonic()
         interrupted = False
         with self._selector:
             try:
@@ -291,7 +290,7 @@ class _Batch:
         return BatchReport(
             outcomes=tuple(self._outcomes.values()),
             started=started,
-            ended=_now(),
+            ended=now(),
             seconds=time.monotonic() - begun,
             interrupted=interrupted,
         )
@@ -327,7 +326,7 @@ class _Batch:
         if self._shares and needs.cpus is None:
             environment[CPUS_VARIABLE] = str(self._share)
         command = [*self._command, OF_FILES, *_arguments(request)]
-        started, stack = _now(), contextlib.ExitStack()
+        started, stack = now(), contextlib.ExitStack()
         try:
             if self._jobs == 1:
                 process = stack.enter_context(tools.attended(command, environment=environment))
@@ -410,7 +409,7 @@ class _Batch:
             exit_status=code if code >= 0 else 128 - code,
             reason=(reason or tools.describe_status(code)) if failed else None,
             started=started,
-            ended=_now(),
+            ended=now(),
             seconds=seconds,
         )
         self._stopped = self._stopped or (failed and self._stop_on_failure)
@@ -441,10 +440,6 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc).astimezone()
 
 
 # ---- the result ----

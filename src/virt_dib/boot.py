@@ -117,9 +117,9 @@ def boot_test(
     qemu = tools.require(_QEMU, purpose="start the image", package="qemu-system-x86")
     disk_format = image_format or probe_format(image)
     with _private_dir() as directory:
-        table = _partition_table(image, disk_format, directory)
+        table = partition_table(image, disk_format, directory)
         if firmware is None:
-            firmware = _firmware_by(table)
+            firmware = firmware_by(table)
         command = [
             str(qemu),
             *_machine_options(memory_mib, accelerate=accelerate),
@@ -175,16 +175,6 @@ def _compiled(expect: str) -> re.Pattern[str]:
         ) from error
 
 
-def firmware_for(image: Path, *, image_format: str | None = None) -> Firmware:
-    """The firmware that *image* is made for, UEFI if it has an EFI system partition.
-
-    Raises:
-        VirtDibError: as of :func:`boot_test`.
-    """
-    with _private_dir() as directory:
-        return _firmware_by(_partition_table(image, image_format or probe_format(image), directory))
-
-
 def probe_format(image: Path) -> str:
     """``raw`` or ``qcow2``, by the first bytes of *image*.
 
@@ -233,8 +223,12 @@ def _check_qcow2(image: Path) -> None:
         )
 
 
-def _partition_table(image: Path, disk_format: str, directory: Path) -> bytes:
-    """The beginning of the disk in *image*, as the guest will see it."""
+def partition_table(image: Path, disk_format: str, directory: Path) -> bytes:
+    """The beginning of the disk in *image*, as the guest will see it; *directory* is for what is read of it.
+
+    Raises:
+        VirtDibError: as of :func:`boot_test`.
+    """
     if disk_format == "raw":
         return _head(image, _TABLE_BYTES)
     _check_qcow2(image)
@@ -253,7 +247,8 @@ def _sector_bytes(table: bytes) -> int:
     return 4096 if table[4096:4104] == b"EFI PART" and table[512:520] != b"EFI PART" else 512
 
 
-def _firmware_by(table: bytes) -> Firmware:
+def firmware_by(table: bytes) -> Firmware:
+    """UEFI where there is an EFI system partition."""
     return Firmware.UEFI if _has_system_partition(table) else Firmware.BIOS
 
 

@@ -32,10 +32,7 @@ _MEMORY_DIGITS = 7
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    _check_what(parser, options)
-    return report_errors(_PROG, lambda: _test(options))
+    return report_errors(_PROG, lambda: _test(argv))
 
 
 def build_parser() -> Parser:
@@ -137,7 +134,10 @@ def _mebibytes(text: str) -> int:
     return value
 
 
-def _test(options: argparse.Namespace) -> int:
+def _test(argv: Sequence[str] | None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    _check_what(parser, options)
     tools.require_working_directory()
     with interrupts():
         return _boot(options)

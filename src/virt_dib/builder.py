@@ -52,7 +52,7 @@ from virt_dib.phases import LAST_LINES, Phases
 from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult
 from virt_dib.sandbox import open_sandbox
-from virt_dib.spec import BuildSpec, Isolation, Phase
+from virt_dib.spec import BuildSpec, Isolation, Kvm, Phase, check_member
 from virt_dib.staging import remove_tree
 from virt_dib.tree_stage import make_tree
 from virt_dib.workspace import note_elsewhere, open_workspace
@@ -76,8 +76,7 @@ class RunOptions:
     """How to run a build, which makes no difference to the image."""
 
     isolation: Isolation = Isolation.VM
-    kvm: str = "auto"
-    """``auto``, ``on`` or ``off``."""
+    kvm: Kvm = Kvm.AUTO
     trace: bool = False
     """Have libguestfs tell its calls."""
     verbose: bool = False
@@ -195,6 +194,8 @@ def plan_image(spec: BuildSpec, *, problems: Sequence[Problem] = (), options: Ru
 
 
 def _plan(spec: BuildSpec, workspace: Path, problems: Sequence[Problem], options: RunOptions) -> BuildPlan:
+    check_member(options.isolation, Isolation)
+    check_member(options.kvm, Kvm)
     if not spec.elements:
         # Nothing to plan with, and the plan would only say so again.
         raise UsageError.of(
@@ -546,7 +547,7 @@ class _Build:
             cpus=self._plan.cpus,
             network=self._plan.spec.network,
             accelerate=verdict.acceleration is Acceleration.KVM,
-            insist=self._options.kvm == "on",
+            insist=self._options.kvm is Kvm.ON,
             trace=self._options.trace,
             verbose=self._options.verbose,
             shell_socket=self._workspace / _SHELL_SOCKET if self._options.breaks.points else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from virt_dib import __version__, break_points, configuration, drive, formats, kvm, tools
+from virt_dib import __version__, break_points, configuration, drive, formats, tools
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.configuration import InForce, Settings
 from virt_dib.errors import Problem, UsageError
@@ -30,6 +30,7 @@ from virt_dib.spec import (
     BuildSpec,
     ExtraData,
     Isolation,
+    Kvm,
     check_arch,
     check_docker_target,
     check_label,
@@ -61,8 +62,7 @@ class Options:
     quiet: bool = False
     verbose: bool = False
     trace: bool = False
-    kvm: str = "auto"
-    """``auto``, ``on`` or ``off``."""
+    kvm: Kvm = Kvm.AUTO
     isolation: Isolation = Isolation.VM
     timeout_s: float | None = None
     script_timeout_s: float | None = None
@@ -111,7 +111,7 @@ def read(
         quiet=given.quiet,
         verbose=given.verbose,
         trace=given.trace,
-        kvm=values.take(lambda: _kvm(given.kvm), "auto", "kvm"),
+        kvm=values.take(lambda: _kvm(given.kvm), Kvm.AUTO, "kvm"),
         isolation=values.take(lambda: _isolation(given.isolation), Isolation.VM, "isolation"),
         timeout_s=values.take(lambda: _duration(given.timeout, "--timeout"), None, "timeout"),
         script_timeout_s=values.take(
@@ -134,19 +134,38 @@ def read(
     )
 
 
-def wanted_kvm(environment: Mapping[str, str] | None = None) -> str:
+def wanted_kvm(environment: Mapping[str, str] | None = None) -> Kvm:
     """What ``virt-dib`` without ``--kvm`` would do about KVM, for other commands that start machines.
 
     Raises:
         UsageError: that is not to be found out, since a setting, not this one perhaps, is wrong.
     """
+    return _set_elsewhere(lambda given, values: values.take(lambda: _kvm(given.kvm), Kvm.AUTO, "kvm"), environment)
+
+
+def wanted_dib(environment: Mapping[str, str] | None = None) -> tuple[Path | None, Path | None]:
+    """The library and the Python of diskimage-builder that ``virt-dib`` would take without options for them.
+
+    Raises:
+        UsageError: as :func:`wanted_kvm`.
+    """
+
+    def read_both(given: Given, values: _Values) -> tuple[Path | None, Path | None]:
+        library = values.take(lambda: _path("--dib-library", given.dib_library), None, "dib_library")
+        return library, values.take(lambda: _python(given.python), None, "python")
+
+    return _set_elsewhere(read_both, environment)
+
+
+def _set_elsewhere(read: Callable[[Given, _Values], _T], environment: Mapping[str, str] | None) -> _T:
+    """What *read* makes of the settings that are not on a command line."""
     given = Given()
     settings = configuration.settings(os.environ if environment is None else environment)
     values = _Values(settings.problems, configuration.apply(given, settings))
-    wanted = values.take(lambda: _kvm(given.kvm), "auto", "kvm")
+    result = read(given, values)
     if values.problems:
         raise UsageError.of(values.problems)
-    return wanted
+    return result
 
 
 def _in_force(spec: BuildSpec, options: Options, origins: Mapping[str, str]) -> tuple[InForce, ...]:
@@ -322,8 +341,9 @@ def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
     return name, value if equals else environ.get(name)
 
 
-def _kvm(text: str | None) -> str:
-    return _choice("value of --kvm", text, kvm.SETTINGS, "auto")
+def _kvm(text: str | None) -> Kvm:
+    known = [one.value for one in Kvm]
+    return Kvm(_choice("value of --kvm", text, known, Kvm.AUTO.value))
 
 
 def _isolation(text: str | None) -> Isolation:

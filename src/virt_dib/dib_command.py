@@ -17,7 +17,7 @@ from virt_dib.command_line import Options, read
 from virt_dib.configuration import ENVIRONMENT_VARIABLE
 from virt_dib.dib_output import Settings, from_environment
 from virt_dib.errors import Problem
-from virt_dib.options import Given, Option, Takes, sort_into
+from virt_dib.options import Given, Option, Takes, flag, sort_into, valued
 from virt_dib.spec import VARIABLES_OF_BASH, BuildSpec, DropIn
 from virt_dib.translation import translated
 from virt_dib.usage import Parser
@@ -42,42 +42,34 @@ _DEFAULT_CACHE = Path(".cache", "image-create")
 """Below the home directory (lib/disk-image-create)."""
 
 
-def _flag(names: str, dest: str, text: str) -> Option:
-    return Option(tuple(names.split()), dest, Takes.NOTHING, None, text)
-
-
-def _value(names: str, dest: str, metavar: str, text: str) -> Option:
-    return Option(tuple(names.split()), dest, Takes.VALUE, metavar, text)
-
-
 OPTIONS = (
-    _value("-a", "arch", "ARCH", "architecture that the elements are told, ARCH"),
-    _value("-o", "name", "[DIR/]NAME", "name of the image, and of the files made for it (default: image)"),
-    _value("-t", "formats", "LIST", "output formats, separated by commas, in any order (default: qcow2)"),
-    _flag("-x", TRACING, "make scripts trace what they do; twice for more"),
-    _flag("-u", "uncompressed", "do not compress qcow2 images"),
-    _flag("-c", _CLEARING, "give the elements nothing of the environment"),
-    _flag("-n", "skip_base", "do not add the element 'base'"),
+    valued("-a", "arch", "ARCH", "architecture that the elements are told, ARCH"),
+    valued("-o", "name", "[DIR/]NAME", "name of the image, and of the files made for it (default: image)"),
+    valued("-t", "formats", "LIST", "output formats, separated by commas, in any order (default: qcow2)"),
+    flag("-x", TRACING, "make scripts trace what they do; twice for more"),
+    flag("-u", "uncompressed", "do not compress qcow2 images"),
+    flag("-c", _CLEARING, "give the elements nothing of the environment"),
+    flag("-n", "skip_base", "do not add the element 'base'"),
     Option(("-p",), "extra_packages", Takes.VALUES, "LIST", "packages to install besides, separated by commas"),
-    _value("--logfile", _LOG, "FILE", "append what is printed to FILE, and print it only if DIB_QUIET is 0"),
-    _flag("--checksum", "checksum", "write NAME.EXT.md5 and NAME.EXT.sha256 for each output file"),
-    _value("--image-size", "DIB_IMAGE_SIZE", "GIB", "size of the image, fractions too (default: what the tree needs)"),
-    _value("--image-extra-size", "DIB_IMAGE_EXTRA_SIZE", "MIB", "room in the image besides what the tree takes"),
-    _value("--image-cache", "image_cache", "DIR", "where the elements cache (default: ~/.cache/image-create)"),
-    _value("--max-online-resize", "MAX_ONLINE_RESIZE", "BLOCKS", "most blocks the root file system may grow to"),
-    _value("--min-tmpfs", "DIB_MIN_TMPFS", "GIB", "accepted, and told to the elements; builds need no tmpfs"),
-    _value("--mkfs-journal-size", "DIB_JOURNAL_SIZE", "MIB", "size of the journal of an ext4 root (default: 64)"),
-    _value("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
-    _flag("--no-tmpfs", "DIB_NO_TMPFS", "accepted, and told to the elements; builds need no tmpfs"),
-    _flag("--offline", "DIB_OFFLINE", "elements are not to update what they have cached"),
-    _value("--qemu-img-options", "qemu_img_options", "LIST", "options for qemu-img convert -o"),
-    _value("--root-label", "root_label", "LABEL", "label of the root file system (default: cloudimg-rootfs)"),
-    _value("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
-    _value("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
-    _value("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
-    _value("--config", "config", "FILE", "take settings of virt-dib from FILE, not from virt-dib/config.toml"),
-    _flag("-h --help", "help", "print this"),
-    _flag("--version", "version", "print the version of diskimage-builder"),
+    valued("--logfile", _LOG, "FILE", "append what is printed to FILE, and print it only if DIB_QUIET is 0"),
+    flag("--checksum", "checksum", "write NAME.EXT.md5 and NAME.EXT.sha256 for each output file"),
+    valued("--image-size", "DIB_IMAGE_SIZE", "GIB", "size of the image, fractions too (default: what the tree needs)"),
+    valued("--image-extra-size", "DIB_IMAGE_EXTRA_SIZE", "MIB", "room in the image besides what the tree takes"),
+    valued("--image-cache", "image_cache", "DIR", "where the elements cache (default: ~/.cache/image-create)"),
+    valued("--max-online-resize", "MAX_ONLINE_RESIZE", "BLOCKS", "most blocks the root file system may grow to"),
+    valued("--min-tmpfs", "DIB_MIN_TMPFS", "GIB", "accepted, and told to the elements; builds need no tmpfs"),
+    valued("--mkfs-journal-size", "DIB_JOURNAL_SIZE", "MIB", "size of the journal of an ext4 root (default: 64)"),
+    valued("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
+    flag("--no-tmpfs", "DIB_NO_TMPFS", "accepted, and told to the elements; builds need no tmpfs"),
+    flag("--offline", "DIB_OFFLINE", "elements are not to update what they have cached"),
+    valued("--qemu-img-options", "qemu_img_options", "LIST", "options for qemu-img convert -o"),
+    valued("--root-label", "root_label", "LABEL", "label of the root file system (default: cloudimg-rootfs)"),
+    valued("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
+    valued("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
+    valued("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
+    valued("--config", "config", "FILE", "take settings of virt-dib from FILE, not from virt-dib/config.toml"),
+    flag("-h --help", "help", "print this"),
+    flag("--version", "version", "print the version of diskimage-builder"),
 )
 _BY_NAME: Mapping[str, Option] = {name: option for option in OPTIONS for name in option.names}
 

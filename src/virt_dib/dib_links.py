@@ -28,9 +28,7 @@ NAMES = ("disk-image-create", "ramdisk-image-create", "diskimage-builder")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the arguments *argv* (those of the process) and return its exit status."""
-    given = build_parser().parse_args(argv)
-    change = _remove if given.remove else _make
-    return report_errors(PROG, lambda: change(given.directory))
+    return report_errors(PROG, lambda: _run(argv))
 
 
 def build_parser() -> Parser:
@@ -41,6 +39,11 @@ def build_parser() -> Parser:
     )
     parser.options.add_argument("--remove", action="store_true", help=translated("remove the links instead"))
     return parser
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    given = build_parser().parse_args(argv)
+    return _remove(given.directory) if given.remove else _make(given.directory)
 
 
 def _targets() -> dict[str, Path]:

@@ -28,12 +28,13 @@ _OPTIONAL_COLOUR = "33"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0 when a build can work here."""
-    build_parser().parse_args(argv)
 
     def examine() -> int:
+        build_parser().parse_args(argv)
         tools.require_working_directory()
         with interrupts():
-            results = prerequisites.check_host(kvm=command_line.wanted_kvm())
+            library, python = command_line.wanted_dib()
+            results = prerequisites.check_host(kvm=command_line.wanted_kvm(), dib_library=library, python=python)
         write_out(sys.stdout, table(results, colour=AUTOMATIC.colours(sys.stdout)))
         return 1 if any(check.required and not check.ok for check in results) else 0
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from virt_dib.report import Artifact, signal_name
 
 
-def _now() -> datetime:
+def now() -> datetime:
+    """With the zone of this host."""
     return datetime.now(timezone.utc).astimezone()
 
 
@@ -27,7 +28,7 @@ def _now() -> datetime:
 class Event:
     """What all events have."""
 
-    timestamp: datetime = field(default_factory=_now)
+    timestamp: datetime = field(default_factory=now)
     elapsed_s: float = 0.0
     """Since the build began."""
 

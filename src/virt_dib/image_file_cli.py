@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from virt_dib import __version__, batch, dib_words, image_file
 from virt_dib.batch import BatchReport, Limits, Status
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None, *, command: Sequence[str] = batch.CO
 def build_parser() -> argparse.ArgumentParser:
     """The options, for those who compare them with the page about them, too."""
     # Without a usage argparse makes one, of which it cuts off what is 'usage: ' in English alone.
-    parser = _Parser(PROG, _DESCRIPTION, _EPILOG, usage=f"{PROG} {translated('[options] FILE...')}")
+    parser = Parser(PROG, _DESCRIPTION, _EPILOG, usage=f"{PROG} {translated('[options] FILE...')}")
     parser.epilog = f"{_keys_text()}\n\n{parser.epilog}"
     parser.arguments.add_argument(
         "files", metavar="FILE", nargs="*", help=translated("files that describe images; at least one")
@@ -85,11 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--result", metavar="FILE", help=translated("write what became of each image to FILE, as JSON"))
     add("--version", action="version", version=f"{PROG} {__version__}", help=translated("print the version"))
     return parser
-
-
-class _Parser(Parser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"'{PROG} --help' lists all options")
 
 
 def _keys_text() -> str:

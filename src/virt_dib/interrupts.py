@@ -95,7 +95,11 @@ def _raise_once() -> None:
 
 
 def interrupt() -> NoReturn:
-    """End what this thread does as a signal would."""
+    """End what this thread does as a signal would.
+
+    Raises:
+        Interrupted: always.
+    """
     _state.came = _state.raised = True
     raise Interrupted
 

@@ -28,11 +28,10 @@ from virt_dib.errors import ToolError, UsageError
 from virt_dib.files import remove_stale
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled
 from virt_dib.plain_text import printable
+from virt_dib.spec import Kvm, check_member
 
 DEVICE = Path("/dev/kvm")
 TRIAL_LIMIT_S = 10.0
-SETTINGS = ("auto", "on", "off")
-"""What may be asked for: a trial, KVM without one, emulation without one."""
 LIBGUESTFS_VARIABLE = "LIBGUESTFS_BACKEND_SETTINGS"
 
 _MEMORY_NAME = "kvm.json"
@@ -114,7 +113,7 @@ def forced_by_libguestfs(environ: Mapping[str, str]) -> str | None:
 
 def choose(
     *,
-    wanted: str = "auto",
+    wanted: Kvm = Kvm.AUTO,
     kernel: Path | None,
     cache_dir: Path,
     qemu: Path | None = None,
@@ -124,15 +123,18 @@ def choose(
 ) -> Verdict:
     """Say whether virtual machines are to use KVM.
 
-    *wanted* is one of ``SETTINGS``. Without *kernel* and *qemu* those of this host are taken. The outcome
-    of a trial is kept in *cache_dir* until this machine boots again, runs another kernel or another qemu;
-    *again* makes a new trial whatever is kept.
+    Without *kernel* and *qemu* those of this host are taken. The outcome of a trial is kept in *cache_dir* until this
+    machine boots again, runs another kernel or another qemu; *again* makes a new trial whatever is kept.
+
+    Raises:
+        UsageError: *wanted* is something else, such as a text.
     """
-    if wanted != "auto":
-        using = wanted == "on"
+    check_member(wanted, Kvm)
+    if wanted is not Kvm.AUTO:
+        using = wanted is Kvm.ON
         return Verdict(
             acceleration=Acceleration.KVM if using else Acceleration.EMULATION,
-            reason=f"KVM is forced {wanted} by --kvm or a setting ('virt-dib --show-config' tells which)",
+            reason=f"KVM is forced {wanted.value} by --kvm or a setting ('virt-dib --show-config' tells which)",
         )
     try:
         _open_device(device)

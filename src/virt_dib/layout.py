@@ -227,7 +227,11 @@ def _online_resize(spec: BuildSpec, root_fstype: str) -> str:
 
 
 def journal_mib(spec: BuildSpec) -> int:
-    """Size of the journal of an ext4 root, ``DIB_JOURNAL_SIZE`` or DIB's default."""
+    """Size of the journal of an ext4 root, ``DIB_JOURNAL_SIZE`` or DIB's default.
+
+    Raises:
+        UsageError: the variable is no such size.
+    """
     text = spec.variables.get("DIB_JOURNAL_SIZE", "")
     if not text:
         return _DEFAULT_JOURNAL_MIB

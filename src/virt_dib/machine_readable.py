@@ -172,7 +172,11 @@ class Lines:
             self.write(line + "\n")
 
     def write(self, text: str) -> None:
-        """Write *text*, after what an interrupt has kept from being written before."""
+        """Write *text*, after what an interrupt has kept from being written before.
+
+        Raises:
+            ToolError: the host refuses it, for want of room perhaps; not where nobody reads it any more.
+        """
         self._rest += text.encode()
         while self._rest and not self._ended:
             try:

@@ -6,29 +6,42 @@ What scripts print is theirs, and stays in the log as it is (docs/security.md).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import quote
 
 MASK = "***"
 
 _SECRET_WORD = re.compile(
-    r".*(?:PASSWORDS?|PASSWD|PASSPHRASE|SECRETS?|TOKENS?|APIKEY|PRIVKEY)|PASS|PW|CREDENTIALS?|CREDS"
+    r".*(?:PASSWORDS?|PASSWD|PASSPHRASE|SECRETS?|TOKENS?|CREDENTIALS?|PW|PWD)"
+    r"|.*(?:ACCESS|ACTIVATION|API|AUTH|ENCRYPTION|MASTER|PASS|PRIV|PRIVATE|SECRET|SIGNING)KEYS?"
+    r"|(?:ADMIN|DB|LDAP|MYSQL|ROOT|SSH|SUDO|USER)?PASS|AUTH|BEARER|CREDS?|PAT"
 )
+_PLACES = frozenset({"PWD", "OLDPWD"})
+"""Every shell's own variables, whose names look like those of passwords."""
 _KEYS = frozenset({"KEY", "KEYS"})
-_OPEN_KEYS = frozenset({"APT", "AUTHORIZED", "GPG", "PGP", "PUB", "PUBLIC", "RPM"})
-"""Just before KEY: those that anybody may know."""
+_PUBLIC = frozenset({"AUTHORIZED", "PUB", "PUBLIC"})
+_OPEN_KEYS = frozenset({"APT", "GPG", "PGP", "RPM"})
+"""Just before KEY: those that packages are verified with."""
 _ABOUT = frozenset({
-    "COUNT", "DIR", "DIRECTORY", "ENABLED", "FILE", "FILES", "FORMAT", "HELPER", "ID", "IDS", "KEYRING", "LENGTH",
-    "METHOD", "MODE", "NAME", "PATH", "SIZE", "SOCK", "TTL", "TYPE", "URI", "URL", "VERSION",
+    "ALGORITHM", "COUNT", "DIR", "DIRECTORY", "ENABLED", "FILE", "FILES", "FINGERPRINT", "FORMAT", "HELPER", "HOST",
+    "ID", "IDS", "KEYRING", "LENGTH", "METHOD", "MODE", "NAME", "PATH", "PORT", "SERVER", "SIZE", "SOCK", "TTL", "TYPE",
+    "URI", "URL", "USER", "USERNAME", "VERSION",
 })  # fmt: skip
 """As the last word of a name: it says something about a secret, or where it is."""
-_HARMLESS = re.compile(
-    r"|[01]|true|false|yes|no|on|off|(?:ssh|ecdsa|sk)-\S+ .*|-----BEGIN (?:PGP PUBLIC|PUBLIC KEY|CERTIFICATE).*",
-    re.IGNORECASE | re.DOTALL,
+_SSH_KEY = (
+    r"(?:ssh-(?:rsa|dss|ed25519)|ecdsa-sha2-nistp[0-9]{3}|sk-(?:ssh-ed25519|ecdsa-sha2-nistp256)@openssh\.com)"
+    r" AAAA[A-Za-z0-9+/]+={0,2}(?:[ \t][^\r\n]*)?"
 )
-"""Switches, public keys and certificates."""
+_HARMLESS = re.compile(
+    r"|(?i:[01]|true|false|yes|no|on|off)"
+    rf"|(?:{_SSH_KEY}\s*)+"
+    r"|(?s:-----BEGIN (?:PGP PUBLIC KEY BLOCK|(?:RSA )?PUBLIC KEY|(?:TRUSTED )?CERTIFICATE)-----(?!.*PRIVATE KEY).*)"
+)
+"""Switches, public keys and certificates. The data of an SSH key begin with the length of its type, which is AAAA."""
 _PLAIN_URL = re.compile(r"(?:https?|ftp)://[^@?\s]*")
 _SHORT = 8
 """A value with fewer characters is likely to be part of other words, and hidden only where its name is before it."""
@@ -42,17 +55,22 @@ _TOKEN_IN_URL = re.compile(r"(?P<before>(?<![A-Za-z0-9])https?://)[^/\s:@'\"]{20
 def is_secret(name: str, value: str) -> bool:
     """Whether the *value* of a variable called *name* is to be shown to nobody. This is the one rule for it.
 
-    Its name has a word such as PASSWORD, TOKEN, SECRET or CREDENTIALS, or KEY at its end; but not of public keys, and
-    not one that ends with FILE, URL, ID and the like. No secrets are switches, public keys, and paths of what is there;
-    nor is the address of a KEY.
+    Its name has a word such as PASSWORD, TOKEN, SECRET, CREDENTIALS or KEY, whatever digits are behind it; but not of
+    public keys, and not one that ends with FILE, URL, ID and the like. No secrets are switches, public keys, and paths
+    of what is there; nor is the address of a KEY.
     """
-    *before, last = name.upper().split("_")
-    words = [*before, last]
-    secret = any(map(_SECRET_WORD.fullmatch, words)) or (last == "PWD" and bool(before))
-    key = last in _KEYS and _OPEN_KEYS.isdisjoint(before[-1:]) and not _PLAIN_URL.fullmatch(value)
-    if last in _ABOUT or not (secret or key) or _HARMLESS.fullmatch(value):
+    words = [word for word in (part.rstrip("0123456789") for part in name.upper().split("_")) if word]
+    if not words or words[-1] in _ABOUT or name.upper() in _PLACES or _HARMLESS.fullmatch(value):
+        return False
+    if not any(map(_SECRET_WORD.fullmatch, words)) and (not _has_secret_key(words) or _PLAIN_URL.fullmatch(value)):
         return False
     return not _is_path(value)
+
+
+def _has_secret_key(words: Sequence[str]) -> bool:
+    return _PUBLIC.isdisjoint(words) and any(
+        word in _KEYS and before not in _OPEN_KEYS for before, word in zip(("", *words), words, strict=False)
+    )
 
 
 def _is_path(value: str) -> bool:
@@ -89,9 +107,23 @@ def _forms(name: str, value: str) -> Iterator[tuple[str, str]]:
         yield f"{name}={value}", f"{name}={MASK}"
         yield f"{name}={quoted}", f"{name}={MASK}"
         return
-    for form in (value, quoted.strip("'"), *value.splitlines()):
-        if len(form.strip()) >= _SHORT:
-            yield form, MASK
+    for piece in (value, *value.splitlines()):
+        for form in (piece, *_encoded(piece)):
+            if len(piece.strip()) >= _SHORT:
+                yield form, MASK
+
+
+def _encoded(text: str) -> Iterator[str]:
+    """As command lines, URLs, Python's messages about what they were given, and JSON have it."""
+    if (quoted := shlex.quote(text)) != text:
+        yield quoted[1:-1]
+    for percent in (quote(text, errors="surrogatepass"), quote(text, safe="", errors="surrogatepass")):
+        for form in (percent, percent.replace("%20", "+")):
+            yield form
+            yield re.sub("%..", lambda found: found[0].lower(), form)
+    # The double quote has repr take single ones around all, and escape those within.
+    yield from (repr(text)[1:-1], repr(f'{text}"')[1:-2], ascii(text)[1:-1])
+    yield from (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 def _without_assignments(text: str) -> str:

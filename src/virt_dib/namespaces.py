@@ -301,7 +301,11 @@ class Inside:
         return self.output.read().decode(errors="replace")
 
     def expect(self, wanted: str) -> None:
-        """Wait for the message *wanted*."""
+        """Wait for the message *wanted*.
+
+        Raises:
+            ApplianceError: another one comes, or none.
+        """
         message, _ = self.receive()
         if message != wanted:
             raise ApplianceError(f"running the sandbox: it says '{message[:80]}' instead of '{wanted}'")

@@ -13,6 +13,7 @@ from typing import IO
 
 from virt_dib import tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError
+from virt_dib.interrupts import check_cancelled
 from virt_dib.namespaces import PROCESS_ENVIRONMENT, init_command, inside_namespace, map_user
 
 NAMESERVER = "10.0.2.3"
@@ -103,7 +104,8 @@ def connected(process: int) -> Iterator[None]:
     """Connect the network namespace of *process* to the world, but not to services on the host's loopback.
 
     Raises:
-        ApplianceError: the program that does it fails.
+        PrerequisiteError: there is no program that does it.
+        ApplianceError: it fails.
     """
     program = _program()
     if program is None:
@@ -151,6 +153,7 @@ def connected(process: int) -> Iterator[None]:
                     f"making a network with '{program}': {' / '.join(said[-2:])}",
                     hint="build with --no-network, if it needs none",
                 )
+            check_cancelled()
             time.sleep(_POLL_S)
         yield
 

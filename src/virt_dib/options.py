@@ -16,7 +16,7 @@ from typing import Protocol
 from virt_dib import break_points, formats
 from virt_dib.drive import FORMATS as DRIVE_FORMATS
 from virt_dib.errors import Problem
-from virt_dib.spec import COMPRESSIONS, INSTALL_TYPES, LABEL_LIMITS
+from virt_dib.spec import COMPRESSIONS, INSTALL_TYPES, LABEL_LIMITS, ExtraData, Isolation, Kvm
 from virt_dib.translation import translated
 from virt_dib.usage import HelpFormatter
 
@@ -65,11 +65,13 @@ class Option:
         return self.takes in (Takes.VALUE, Takes.VALUES)
 
 
-def _flag(names: str, dest: str, text: str) -> Option:
+def flag(names: str, dest: str, text: str) -> Option:
+    """An option without a value; its *names* are separated by blanks."""
     return Option(tuple(names.split()), dest, Takes.NOTHING, None, text)
 
 
-def _value(names: str, dest: str, metavar: str, text: str) -> Option:
+def valued(names: str, dest: str, metavar: str, text: str) -> Option:
+    """As :func:`flag`, with a value."""
     return Option(tuple(names.split()), dest, Takes.VALUE, metavar, text)
 
 
@@ -86,85 +88,85 @@ def _switch(name: str, dest: str, on: str, off: str) -> Sequence[Option]:
 
 GROUPS: Mapping[str, Sequence[Option]] = {
     "what to build": (
-        _value(
+        valued(
             "--name", "name", "[DIR/]NAME", "name of the image, and of the files made for it (default: image)"
         ),
-        _value(
+        valued(
             "--formats", "formats", "LIST", f"output formats, of: {', '.join(formats.KNOWN)} (default: qcow2)"
         ),
-        _flag("--ramdisk", "ramdisk", "make a ramdisk and its kernel, in NAME.d, and no image"),
-        _value(
+        flag("--ramdisk", "ramdisk", "make a ramdisk and its kernel, in NAME.d, and no image"),
+        valued(
             "--ramdisk-element", "ramdisk_element", "ELEMENT",
             "the element that --ramdisk adds, such as dracut-ramdisk (default: ramdisk)",
         ),
-        _value(
+        valued(
             "--arch", "arch", "ARCH", "architecture the elements are told, ARCH (default: that of this host)"
         ),
-        _flag("--checksum", "checksum", "write NAME.EXT.md5 and NAME.EXT.sha256 for each output file"),
-        _value(
+        flag("--checksum", "checksum", "write NAME.EXT.md5 and NAME.EXT.sha256 for each output file"),
+        valued(
             "--docker-target", "docker_target", "TARGET",
             "repository and tag for the formats docker, which needs it, and oci",
         ),
-        _value("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
+        valued("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
         _values("--extra-packages", "extra_packages", "LIST", "packages to install besides, separated by commas"),
     ),
     "elements": (
-        _value(
+        valued(
             "-B --dib-library", "dib_library", "DIR",
             "lib directory of diskimage-builder (default: of the installed one)",
         ),
         _values("-p --element-path", "element_paths", "DIR", "search DIR for elements before diskimage-builder's"),
-        _value(
+        valued(
             "--python", "python", "PYTHON",
             "Python that runs diskimage-builder's own modules, a name on the PATH or a path, such as that of a virtual "
             "environment (default: the one that virt-dib runs with)",
         ),
-        _flag("--skip-base", "skip_base", "do not add the element 'base'"),
+        flag("--skip-base", "skip_base", "do not add the element 'base'"),
         _values("--exclude-element", "excluded_elements", "ELEMENT", "leave ELEMENT out"),
         _values("--exclude-script", "excluded_scripts", "SCRIPT", "leave out scripts of this name"),
         _values(
             "--envvar", "envvars", "NAME[=VALUE]",
             "set a variable for the elements; without =VALUE take it from the environment, if it is there",
         ),
-        _value("--debug", "debug", "LEVEL", "make scripts trace what they do, DIB_DEBUG_TRACE (default: 0)"),
+        valued("--debug", "debug", "LEVEL", "make scripts trace what they do, DIB_DEBUG_TRACE (default: 0)"),
     ),
     "the disk": (
-        _value("--size", "size", "SIZE", "size of the disk: 5G, 512M, 10737418240b, or auto (default: 5G)"),
-        _value("--fs-type", "fs_type", "TYPE", f"root file system: {', '.join(LABEL_LIMITS)} (default: ext4)"),
-        _value(
+        valued("--size", "size", "SIZE", "size of the disk: 5G, 512M, 10737418240b, or auto (default: 5G)"),
+        valued("--fs-type", "fs_type", "TYPE", f"root file system: {', '.join(LABEL_LIMITS)} (default: ext4)"),
+        valued(
             "--root-label", "root_label", "LABEL",
             "label of the root file system (default: cloudimg-rootfs, on xfs img-rootfs)",
         ),
-        _value("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
-        _value(
+        valued("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
+        valued(
             "--qemu-img-options", "qemu_img_options", "LIST",
             "options for qemu-img convert -o; each goes to the formats that have it",
         ),
-        _flag("-u", "uncompressed", "do not compress qcow2 images"),
-        _value(
+        flag("-u", "uncompressed", "do not compress qcow2 images"),
+        valued(
             "--compression", "compression", "METHOD",
             f"compress qcow2 images with {' or '.join(COMPRESSIONS)}, which is faster and needs qemu 5.1 to be read "
             f"(default: {COMPRESSIONS[0]})",
         ),
-        _flag("--no-delete-on-failure", "keep_on_failure", "keep incomplete output files when the build fails"),
+        flag("--no-delete-on-failure", "keep_on_failure", "keep incomplete output files when the build fails"),
     ),
     "where scripts run": (
-        _value(
+        valued(
             "--isolation", "isolation", "WHERE",
             "run the scripts that fill the tree in the virtual machine, 'vm' (default), or faster where there is no "
             "KVM, but on this host's kernel, in a 'sandbox'; 'auto': in the sandbox where KVM does not work",
         ),
-        _value(
+        valued(
             "--extra-data", "extra_data", "WHERE",
             "run the scripts of extra-data.d with the others, in the 'guest' (default), or on this 'host', where "
             "they can read what you can: keys, credentials, local repositories",
         ),
-        _value("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
-        _value("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
-        _value(
+        valued("-m --memsize", "memory", "MB", "the machine's memory (default: enough to install packages)"),
+        valued("--smp", "cpus", "N", "the machine's processors (default: those of this host, at most 8)"),
+        valued(
             "--timeout", "timeout", "TIME", "end the build when it takes longer than 90s, 30m, 2h (default: never)"
         ),
-        _value(
+        valued(
             "--script-timeout", "script_timeout", "TIME", "end it when one script takes longer (default: never)"
         ),
         *_switch(
@@ -176,7 +178,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "scripts in the image trust the CA certificates of this host, too (default)",
             "scripts in the image trust only its own CA certificates, not those of this host besides",
         ),
-        _value("--kvm", "kvm", "WHEN", "use KVM: 'auto' when it works (default), 'on', or 'off' to emulate"),
+        valued("--kvm", "kvm", "WHEN", "use KVM: 'auto' when it works (default), 'on', or 'off' to emulate"),
     ),
     "shells in a build": (
         _values(
@@ -184,27 +186,27 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "open a shell at these points: before-PHASE and after-PHASE, where PHASE is install and the like, and "
             "after-error; leave it to go on",
         ),
-        _value(
+        valued(
             "--on-error", "on_error", "WHAT",
             "when a script fails, open a 'shell' where it ran, or just 'fail' (default)",
         ),
     ),
     "caches": (
-        _value(
+        valued(
             "--drive", "drive", "DISK",
             "have the home of the elements, where they cache, on this disk image; needs --isolation vm",
         ),
-        _value(
+        valued(
             "--drive-format", "drive_format", "FORMAT",
             f"format of the drive: {', '.join(DRIVE_FORMATS)} (default: what it looks like)",
         ),
-        _value(
+        valued(
             "--image-cache", "image_cache", "DIR",
             "give the elements a copy of the cache in DIR, and keep there what they cache (default: nothing is kept)",
         ),
     ),
     "configuration": (
-        _value(
+        valued(
             "--config", "config", "FILE",
             "take settings from FILE, not from virt-dib/config.toml in ~/.config and /etc/xdg",
         ),
@@ -216,24 +218,24 @@ GROUPS: Mapping[str, Sequence[Option]] = {
             "stream:stdout, stream:stderr, fd:NUMBER; without elements, print what this virt-dib can do",
             implied="stream:stdout",
         ),
-        _flag("-q --quiet", "quiet", "print only warnings and errors"),
-        _flag("-v --verbose", "verbose", "print the time of each script and libguestfs's debugging messages"),
-        _flag("-x", "trace", "trace libguestfs calls"),
-        _flag(
+        flag("-q --quiet", "quiet", "print only warnings and errors"),
+        flag("-v --verbose", "verbose", "print the time of each script and libguestfs's debugging messages"),
+        flag("-x", "trace", "trace libguestfs calls"),
+        flag(
             "--color --colors --colour --colours", "colour", "colour messages, also where the output is no terminal"
         ),
-        _flag("--wrap", "wrap", "wrap messages, also where the output is no terminal"),
+        flag("--wrap", "wrap", "wrap messages, also where the output is no terminal"),
     ),
     "instead of a build": (
-        _flag("-V --version", "version", "print the version"),
-        _flag("-h --help", "help", "print this"),
-        _flag("--list-elements", "list_elements", "print the names of all elements that are found, with -p and -B"),
-        _flag(
+        flag("-V --version", "version", "print the version"),
+        flag("-h --help", "help", "print this"),
+        flag("--list-elements", "list_elements", "print the names of all elements that are found, with -p and -B"),
+        flag(
             "--show-config", "show_config",
             "print what configuration files and VIRT_DIB_* variables can set, its value, and where that is from",
         ),
-        _flag("--short-options", "short_options", "print the names of all short options, for completion"),
-        _flag("--long-options", "long_options", "print the names of all long options, for completion"),
+        flag("--short-options", "short_options", "print the names of all short options, for completion"),
+        flag("--long-options", "long_options", "print the names of all long options, for completion"),
     ),
 }  # fmt: skip
 BY_NAME: Mapping[str, Option] = {
@@ -268,9 +270,9 @@ OFFERS: Mapping[str, Offer | Sequence[str]] = {
     "compression": COMPRESSIONS,
     "drive": Offer.FILE,
     "drive_format": DRIVE_FORMATS,
-    "isolation": ("vm", "sandbox", "auto"),
-    "extra_data": ("guest", "host"),
-    "kvm": ("auto", "on", "off"),
+    "isolation": tuple(one.value for one in Isolation),
+    "extra_data": tuple(one.value for one in ExtraData),
+    "kvm": tuple(one.value for one in Kvm),
     "config": Offer.FILE,
     "breaks": break_points.POINTS,
     "on_error": ON_ERROR,

@@ -209,7 +209,11 @@ class _PhaseScripts:
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
-        """Name the script that was running when what it runs in failed."""
+        """Name the script that was running when what it runs in failed.
+
+        Raises:
+            ApplianceError: the one that it failed with, with the name.
+        """
         try:
             yield
         except ApplianceError as error:

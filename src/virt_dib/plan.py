@@ -40,13 +40,20 @@ from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
 from virt_dib.releases import Rules
 from virt_dib.scripts import Scripts
-from virt_dib.spec import BuildSpec, ExtraData, Phase, check_label, check_spec, check_texts
+from virt_dib.spec import (
+    DEFAULT_MEMORY_MIB,
+    MOST_CPUS,
+    BuildSpec,
+    ExtraData,
+    Phase,
+    check_label,
+    check_spec,
+    check_texts,
+)
 from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
 
-DEFAULT_MEMORY_MIB = 2048
-_MOST_CPUS = 8
 _DOCKER_SCRIPT = Path("root.d", "08-docker")
 """Of DIB's element docker."""
 _NO_IMAGE_ELEMENTS = ("no-final-image", "ironic-agent")
@@ -165,7 +172,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         image_cache=_image_cache(spec, workspace),
         facts=facts,
         memory_mib=spec.memory_mib or DEFAULT_MEMORY_MIB,
-        cpus=spec.cpus or min(_MOST_CPUS, os.cpu_count() or 1),
+        cpus=spec.cpus or min(MOST_CPUS, os.cpu_count() or 1),
         warnings=(
             *scripts.warnings(),
             *_warnings(facts, staging, environ),

@@ -19,6 +19,7 @@ from virt_dib.errors import Problem, VirtDibError
 from virt_dib.files import temp_dir
 from virt_dib.formats import Format, wants_engine
 from virt_dib.monitor import size_text
+from virt_dib.spec import Kvm
 
 _GUESTFS_DIRS = ("usr/lib/*/guestfs", "usr/lib64/guestfs", "usr/lib/guestfs")
 _SYSTEM_PYTHON = Path("/usr/bin/python3")
@@ -187,20 +188,23 @@ class Host:
         return temp_dir(self.environ, root=self.root)
 
 
-def check_host(*, kvm: str = "auto") -> list[Check]:
-    """All checks, on this host and for this user; *kvm* is what builds are to do about it: auto, on or off.
+def check_host(*, kvm: Kvm = Kvm.AUTO, dib_library: Path | None = None, python: Path | None = None) -> list[Check]:
+    """All checks, on this host and for this user, for builds with these settings.
 
     Raises:
+        UsageError: *kvm* is something else, such as a text.
         VirtDibError: there is no place for what virt-dib keeps.
     """
-    return checks(Host.here(), cache=supermin.cache_dir(), wanted=kvm)
+    return checks(Host.here(), cache=supermin.cache_dir(), wanted=kvm, dib_library=dib_library, python=python)
 
 
-def checks(host: Host, *, cache: Path, wanted: str) -> list[Check]:
+def checks(
+    host: Host, *, cache: Path, wanted: Kvm, dib_library: Path | None = None, python: Path | None = None
+) -> list[Check]:
     """Look at all that builds need or may need, with a new trial of KVM if that is *wanted*, which takes seconds."""
     return [
         *_required(host),
-        _dib(),
+        _dib(dib_library, python),
         _space("temporary space", host.temp_dir, BUILD_SPACE_BYTES, "set TMPDIR to a directory"),
         _space("cache space", cache, CACHE_SPACE_BYTES, "set XDG_CACHE_HOME to a directory"),
         _kvm(wanted, cache),
@@ -394,10 +398,10 @@ def hint_to_read(chosen: kvm.Kernel, usable: Sequence[kvm.Kernel], distribution:
     return hint
 
 
-def _dib() -> Check:
+def _dib(library: Path | None, python: Path | None) -> Check:
     name = "diskimage-builder"
     try:
-        installation = dib.find_installation(None)
+        installation = dib.find_installation(library, python)
         # What is asked for in the guest, no build works without.
         dib.guest_modules(installation)
     except VirtDibError as error:
@@ -433,7 +437,7 @@ def _space(name: str, directory: Path, needed_bytes: int, advice: str) -> Check:
     )
 
 
-def _kvm(wanted: str, cache: Path) -> Check:
+def _kvm(wanted: Kvm, cache: Path) -> Check:
     verdict = kvm.choose(wanted=wanted, kernel=None, cache_dir=cache, again=True)
     fast = verdict.acceleration is kvm.Acceleration.KVM
     return Check(
@@ -456,8 +460,8 @@ def _sandbox() -> Iterator[Check]:
         yield Check(name=name, ok=True, detail="works: builds with --isolation sandbox", required=False)
 
 
-def _kvm_hint(wanted: str) -> str:
-    if wanted == "off":
+def _kvm_hint(wanted: Kvm) -> str:
+    if wanted is Kvm.OFF:
         return "unset what forces it off to have it tried"
     if kvm.DEVICE.exists() and not os.access(kvm.DEVICE, os.R_OK | os.W_OK):
         return "let this user open it: add the user to the group 'kvm' and log in again"

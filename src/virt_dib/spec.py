@@ -34,6 +34,17 @@ class Isolation(enum.Enum):
     """The appliance where KVM works, otherwise the sandbox where that works."""
 
 
+class Kvm(enum.Enum):
+    """Whether virtual machines use KVM."""
+
+    AUTO = "auto"
+    """Where a trial shows that it works."""
+    ON = "on"
+    """Without a trial."""
+    OFF = "off"
+    """They are emulated."""
+
+
 class ExtraData(enum.Enum):
     """Where the scripts of extra-data.d run (docs/extra-data.md)."""
 
@@ -87,6 +98,10 @@ CHECKSUMS = ("md5", "sha256")
 DEFAULT_SIZE_BYTES = 5 * 1024**3
 """``--size`` when it is not given (manual, option --size)."""
 
+DEFAULT_MEMORY_MIB = 2048
+"""``--memsize`` when it is not given."""
+MOST_CPUS = 8
+"""What a build takes of the host when ``--smp`` is not given."""
 INSTALL_TYPES = ("source", "package", "repo")
 NUMBERS = {
     "debug_level": ("debug level", 0, 1000),
@@ -145,9 +160,9 @@ class BuildSpec:
     """``--envvar``, names and values as the elements are to see them."""
     debug_level: int = 0
     memory_mib: int | None = None
-    """None: enough for package installation (see ``appliance``)."""
+    """None: ``DEFAULT_MEMORY_MIB``, enough for package installation."""
     cpus: int | None = None
-    """None: the processors of this host, at most eight."""
+    """None: the processors of this host, at most ``MOST_CPUS``."""
     network: bool = True
     host_certificates: bool = True
     """Scripts trust the CA certificates of this host, while the build lasts."""
@@ -243,6 +258,7 @@ def check_spec(spec: BuildSpec) -> None:
 
 def _problems(spec: BuildSpec) -> Iterator[Problem]:
     checks = [functools.partial(check_name, spec.name), functools.partial(check_arch, spec.arch)]
+    checks.append(functools.partial(check_member, spec.extra_data, ExtraData))
     checks += [functools.partial(check_variable, *variable) for variable in spec.variables.items()]
     checks += [functools.partial(check_docker_target, spec.docker_target)] if spec.docker_target is not None else []
     for check in checks:
@@ -268,6 +284,17 @@ def _problems(spec: BuildSpec) -> Iterator[Problem]:
             yield Problem(f"unknown {what} '{value}'", f"choose from {', '.join(known)}")
     if "" in (*spec.elements, *spec.extra_packages, *spec.excluded_elements, *spec.excluded_scripts):
         yield Problem("cannot use an empty name of an element, package or script")
+
+
+def check_member(value: object, kind: type[enum.Enum]) -> None:
+    """Refuse what type checkers would: a text such as "sandbox", which would mean nothing and do something else.
+
+    Raises:
+        UsageError: *value* is no member of *kind*.
+    """
+    if not isinstance(value, kind):
+        known, kind_name = ", ".join(str(member) for member in kind), kind.__name__
+        raise UsageError(f"cannot use {value!r} as a value of {kind_name}", hint=f"choose from {known}")
 
 
 def check_name(name: str, written: str | None = None) -> None:

@@ -25,8 +25,6 @@ from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, interrupt, sh
 
 LINK = ("/usr/bin/python3", "-I", "-S", "/dib/guest/shell-link.py")
 """The other end: its command, before the name of the stream and the command of the shell."""
-ESCAPE = "Enter ~ ."
-"""What ends a build from within a shell, typed one after the other."""
 
 _HEADER = struct.Struct("!cH")
 _SIZE = struct.Struct("!HH")

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
+from virt_dib.errors import UsageError
 from virt_dib.terminal import fold
 from virt_dib.translation import translated
 
@@ -66,6 +66,9 @@ class Parser(argparse.ArgumentParser):
         self.options.add_argument("-h", "--help", action="help", help=translated("print this"))
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line, in the words of all errors, and exit."""
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {translated('error')}: {translated(message)}\n")
+        """Raise what is wrong with the command line as any error is.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(message, hint=f"'{self.prog} --help' lists all options")
