@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import resource
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from virt_dib.spec import Phase
 TESTS = Path(__file__).parent
 _BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
 BUILD_TIMEOUT_S = 900
+MANY_DESCRIPTORS = 1100
 ISOLATIONS = ("vm", "sandbox")
 ODD_VALUE = os.fsdecode(b" caf\xe9 \xff\xfe\ttab \x01\x1e\x7f ")
 """No UTF-8, and characters that steer."""
@@ -53,6 +56,24 @@ def make_element(
     if depends:
         (element / "element-deps").write_text("".join(f"{word}\n" for word in depends))
     return element
+
+
+@contextlib.contextmanager
+def many_descriptors() -> Iterator[None]:
+    """What is opened in the block has numbers that select(2) does not take, as in a large program."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < MANY_DESCRIPTORS * 2:
+        pytest.skip("not so many descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, MANY_DESCRIPTORS * 2), hard))
+    opened: list[int] = []
+    try:
+        while not opened or opened[-1] < MANY_DESCRIPTORS:
+            opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def make_tiny_os(parent: Path) -> Path:

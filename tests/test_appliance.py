@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +52,52 @@ def test_events_and_output_come_apart_whatever_the_chunks(texts: list[bytes], da
 def test_a_record_with_another_token_is_output() -> None:
     forged = b"\x1e" + b"x" * len(TOKEN) + b" exit 0\x1e"
     assert split([forged, b"."]) == (forged + b".", [])
+
+
+class Copying:
+    """What libguestfs does when it copies a file to the host that has no end, or one of *size_bytes*."""
+
+    def __init__(self, size_bytes: int | None) -> None:
+        self._size_bytes = size_bytes
+        self.ended = threading.Event()
+
+    def download(self, _inside: str, target: str) -> None:
+        os.truncate(os.open(target, os.O_WRONLY | os.O_CREAT), self._size_bytes or 1 << 40)
+        if self._size_bytes is None:
+            self.ended.wait()
+
+    def tar_out(self, inside: str, target: str) -> None:
+        self.download(inside, target)
+
+    def close(self) -> None:
+        self.ended.set()
+
+
+@pytest.mark.parametrize("method", ["download", "archive"])
+@pytest.mark.parametrize("size_bytes", [None, 11, 10])
+def test_a_copy_is_not_longer_than_it_may_be(
+    method: str, size_bytes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it never ends, and where it has ended before anybody looks."""
+    copying = Copying(size_bytes)
+    monkeypatch.setattr(appliance_module, "_handle", lambda _: copying)
+    monkeypatch.setattr(Appliance, "_start", lambda _: None)
+    disk = Disk(path=tmp_path / "disk", label="build")
+    disk.path.touch()
+    settings = Settings(disks=[disk], cache_dir=tmp_path, memory_mib=1, cpus=1, network=False, accelerate=False)
+    appliance = Appliance(settings)
+    try:
+        copy = getattr(appliance, method)
+        if size_bytes == 10:
+            copy("/dib/build/x", tmp_path / "copy", limit_bytes=10)
+        else:
+            with pytest.raises(
+                ApplianceError, match=r"^copying '/dib/build/x' out of the appliance: it holds more than 10 bytes$"
+            ):
+                copy("/dib/build/x", tmp_path / "copy", limit_bytes=10)
+    finally:
+        copying.close()
+        appliance.close()
 
 
 def bash(appliance: Appliance, text: str) -> tuple[int, str]:

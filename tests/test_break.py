@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import ISOLATIONS, make_element, processes_of, skip_without, virt_dib
+from helpers import ISOLATIONS, make_element, many_descriptors, processes_of, skip_without, virt_dib
 from on_terminal import CTRL_C, CTRL_D, CTRL_Z, Person, Program, on_terminal, terminal
 from virt_dib import command_line, dib, dib_command, events, layout, shells, tools
 from virt_dib.break_points import NO_BREAKS, POINTS, Breaks
@@ -287,6 +288,47 @@ def test_it_is_asked_whether_the_other_end_lives() -> None:
         # What it has said before it died counts.
         theirs.sendall(frame(b"x", b"\x05"))
         assert relay(ours, Terminal(follower, follower), lambda: False) == 5
+
+
+def test_a_program_with_many_files_open_has_shells_too() -> None:
+    with terminal() as (person, follower), many_descriptors(), contextlib.closing(Duplicate(follower)) as own:
+        before = person.attributes
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            theirs.sendall(frame(b"d", b"printed") + frame(b"x", b"\x07"))
+            assert relay(ours, Terminal(own.number, own.number)) == 7
+        assert person.read_all().startswith("printed\x1b[0m")
+        assert person.attributes == before
+
+
+class Duplicate:
+    """Another number for a descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.number = os.dup(descriptor)
+
+    def close(self) -> None:
+        os.close(self.number)
+
+
+def test_what_is_shown_waits_for_a_terminal_that_is_slow() -> None:
+    data = os.urandom(1 << 20)
+    received = bytearray()
+
+    def show(writer: int) -> None:
+        with contextlib.closing(os.fdopen(writer, "wb")):
+            Terminal(0, writer).write(data)
+
+    with many_descriptors():
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        showing = threading.Thread(target=show, args=[writer])
+        showing.start()
+        with open(reader, "rb", buffering=0) as stream:
+            while piece := stream.read(1 << 16):
+                received += piece
+        showing.join()
+    assert received == data
 
 
 # ---- the link: with a real shell ----

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -74,6 +75,40 @@ def test_the_users_own_directories_come_first(tmp_path: Path, monkeypatch: pytes
 def test_a_program_that_is_nowhere_is_told(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="cannot start 'no-such-program': No such file or directory"):
         tools.run(["no-such-program"], doing="running it", cwd=tmp_path)
+
+
+# ---- what they say ----
+
+NOISE_BYTES = 40 << 20
+NOISE = f"yes {'x' * 9999} | head -c {NOISE_BYTES}"
+
+
+@pytest.mark.parametrize("to", ["", ">&2"])
+def test_what_has_no_end_is_not_kept(to: str) -> None:
+    """Of programs that read what comes from the guest, which may have them say anything; the last of it is told."""
+    words = ["sh", "-c", f"{NOISE} {to}; echo {to}; echo last words {to}; exit 3"]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ToolError, match=r"^reading: 'sh' failed with exit status 3: x*.* / last words$") as caught:
+            tools.run_together({"reading": tools.Command(words=words)})
+        assert len(str(caught.value)) < 3000
+        assert tracemalloc.get_traced_memory()[1] < NOISE_BYTES // 2
+    finally:
+        tracemalloc.stop()
+
+
+def test_output_that_is_asked_for_is_whole() -> None:
+    result = tools.run(["sh", "-c", f"{NOISE}; echo said >&2"], doing="reading")
+    assert len(result.stdout) == NOISE_BYTES
+    assert result.stderr == "said\n"
+
+
+def test_a_program_that_closes_its_output_is_waited_for(tmp_path: Path) -> None:
+    words: list[str | Path] = ["sh", "-c", 'exec >&- 2>&-; sleep 1; : >"$1"; exit 4', "sh", tmp_path / "done"]
+    assert tools.run(words, doing="waiting", check=False).exit_status == 4
+    assert (tmp_path / "done").exists()
+    with pytest.raises(ToolError, match="waiting: 'sh' did not finish in 0 s"):
+        tools.run(["sh", "-c", "exec >&- 2>&-; sleep 1000"], doing="waiting", timeout_s=0.1)
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ not here again.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import re
 import resource
+import runpy
 import stat
 import sys
 import tarfile
@@ -135,6 +137,24 @@ def test_members_are_forgotten_when_they_are_written(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.REGTYPE])
+def test_long_names_are_not_kept(tmp_path: Path, kind: bytes) -> None:
+    """Of any number of files; one may have half as many directories in its name as it has bytes."""
+    directory = "d/" * 900
+    archive_of(tmp_path / "out.tar", *(member(f"{directory}{number}", kind, link="/") for number in range(1500)))
+    (tmp_path / "target").mkdir()
+    tracemalloc.start()
+    try:
+        copied = copy_out(tmp_path / "out.tar", tmp_path / "target", limit_bytes=0)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()
+        remove_tree(tmp_path / "target")
+    left_out = 1500 if kind == tarfile.SYMTYPE else 0
+    assert len(copied.left_out) + copied.more_left_out == left_out
+    assert len(copied.left_out) <= 20
+
+
 # ---- disks that look like other images ----
 
 DISK_BYTES = 80 * MIB
@@ -234,8 +254,7 @@ def test_a_raw_drive_stays_one_whatever_elements_write_into_it(head: str, tmp_pa
         os.setxattr(path, "user.virt-dib", b"")
     except OSError:
         pytest.skip("no attributes of users here")
-    with drive.held(drive.inspect(path, None)):
-        pass
+    drive.note_format(drive.inspect(path, None))
     data = HEADS[head](tmp_path, secret)
     patch(path, 0, data)
     with pytest.raises(UsageError) as caught:
@@ -329,6 +348,11 @@ TREES: dict[str, list[bytes | int]] = {
     "a link to itself": [with_pax(b"", "a", tarfile.LNKTYPE, "a")],
     "a name with a NUL": [with_pax(record("path", "./a\0b"))],
     "a type of its own": [with_pax(b"", "a", b"?")],
+    "a name twice": [with_pax(b"", "a")] * 2,
+    "a name twice in other words": [with_pax(b"", "a/b"), with_pax(b"", "/a//b")],
+    "a name twice, once from the root": [with_pax(b"", "a"), with_pax(record("path", "/a"))],
+    "a name twice, once with a NUL": [with_pax(b"", "a"), with_pax(record("path", "./a\0b"))],
+    "a top directory twice": [with_pax(b"", "", tarfile.DIRTYPE)],
 }  # fmt: skip
 HURTS_NOBODY = {
     "a piece too many",
@@ -348,6 +372,18 @@ def test_a_hostile_archive_of_a_tree_is_one_error(kind: str, tmp_path: Path) -> 
         with pytest.raises(ToolError, match=r"^writing 'x\.squashfs': 'bwrap' failed with exit status 1: ") as caught:
             make_squashfs(path)
         assert not re.search("Traceback|File |Error: ", str(caught.value))
+        assert ("a name is there twice: " in str(caught.value)) == ("twice" in kind)
+
+
+def test_there_are_not_more_names_in_a_tree_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are remembered, for sqfstar hangs when one comes some 12,000 times."""
+    program = runpy.run_path(str(layout.guest_script("make-squashfs.py")))
+    monkeypatch.setitem(program["main"].__globals__, "MOST_MEMBERS", 2)
+    names = program["Names"]()
+    names.add("./a")
+    names.add("./b")
+    with pytest.raises(tarfile.ReadError, match="there are more than 2 files in it"):
+        names.add("./c")
 
 
 def test_other_formats_of_a_tree_take_any_bytes_as_they_are(tmp_path: Path) -> None:
@@ -524,3 +560,67 @@ def test_a_sandbox_whose_programs_are_the_guests_gives_what_is_an_error(box: San
         assert (tmp_path / "out.tar").stat().st_size <= MIB
     finally:
         leave(box, "umount /usr/bin/tar")
+
+
+@contextlib.contextmanager
+def replaced(box: Sandbox, program: str, text: str) -> Iterator[None]:
+    """Have *text* run in the place of *program*, whoever calls that."""
+    leave(box, f"cat >/run/evil <<'END'\n{text}\nEND\nchmod 755 /run/evil; mount --bind /run/evil {program}")
+    try:
+        yield
+    finally:
+        leave(box, f"umount {program}")
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_sandbox_whose_head_is_the_guests_gives_no_more_than_was_asked_for(box: Sandbox, status: int) -> None:
+    """More than would fit into what a pipe holds, and then an end, or this test would have none without the limit."""
+    noise = f"#!/bin/bash\ntr '\\0' x </dev/zero | dd bs=1M count=64 iflag=fullblock status=none; exit {status}"
+    with replaced(box, "/usr/bin/head", noise):
+        with pytest.raises(
+            ApplianceError, match=r"^reading '/dib/out/x' in the sandbox: more comes than the 1048576 b"
+        ):
+            box.read("/dib/out/x")
+        with pytest.raises(ApplianceError, match=r": more comes than the 10 bytes that were asked for$") as caught:
+            box.read("/dib/out/x", limit_bytes=10)
+    assert "'head'" in (caught.value.problems[0].hint or "")
+    leave(box, "echo good >x")
+    assert box.read("/dib/out/x") == b"good\n"
+
+
+@pytest.mark.sandbox
+def test_what_a_head_of_the_guests_complains_of_is_short_and_harmless(box: Sandbox) -> None:
+    long = "#!/bin/bash\nprintf '\\e]0;x\\a%090000d' 1; exit 1"
+    said = pytest.raises(ApplianceError, match=r"^reading '/dib/out/x' in the sandbox: 0+1$")
+    with replaced(box, "/usr/bin/head", long), said as caught:
+        box.read("/dib/out/x")
+    assert len(str(caught.value)) < 10_000
+
+
+@pytest.mark.sandbox
+def test_other_programs_that_are_the_guests_say_nothing_that_is_kept(box: Sandbox) -> None:
+    noise = "#!/bin/bash\ntr '\\0' x </dev/zero | dd bs=1M count=64 iflag=fullblock status=none; exit 1"
+    for program in ("/usr/bin/test", "/usr/bin/cat"):
+        # What writes this program is cat.
+        with replaced(box, program, noise):
+            tracemalloc.start()
+            try:
+                if program == "/usr/bin/test":
+                    assert not box.is_directory("/dib/out")
+                else:
+                    with pytest.raises(ApplianceError, match="writing '/dib/out/x' in the sandbox: failed with"):
+                        box.write("/dib/out/x", b"x")
+                assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+            finally:
+                tracemalloc.stop()
+
+
+@pytest.mark.sandbox
+def test_an_archive_of_a_bash_of_the_guests_is_not_longer_than_it_may_be(box: Sandbox, tmp_path: Path) -> None:
+    """It is bash that keeps to the limit."""
+    evil = r"""#!/run/real
+        case $(tr '\0' ' ' <"$1") in *ulimit*) truncate -s 1T /proc/self/fd/0;; *) exec /run/real "$@";; esac"""
+    leave(box, "cp /bin/bash /run/real")
+    with replaced(box, "/bin/bash", evil), pytest.raises(ApplianceError, match="it holds more than"):
+        box.archive("/dib/out", tmp_path / "out.tar", limit_bytes=MIB)

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from virt_dib import environment as contract
+from virt_dib import formats
+from virt_dib import outputs as outputs_module
 from virt_dib.appliance import Appliance
-from virt_dib.outputs import open_outputs
+from virt_dib.errors import ToolError
+from virt_dib.outputs import _refusal, open_outputs
 from virt_dib.spec import BuildSpec, DropIn
+from virt_dib.staging import remove_tree
 
 LINK, DEVICE = tarfile.SYMTYPE, tarfile.CHRTYPE
 
@@ -59,8 +64,12 @@ def taken(
     image_name: str = "x",
     output_dir: Path | None = None,
     variables: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, str], list[str]]:
-    """The files below the working directory afterwards, and what was refused."""
+    """The files below the working directory afterwards, and what was refused.
+
+    *meanwhile* is what the user does during the build.
+    """
     drop_in = DropIn(image_name=image_name, working_dir=place)
     directory = place if output_dir is None else output_dir
     spec = BuildSpec(
@@ -71,8 +80,11 @@ def taken(
         variables=variables or {},
     )
     with open_outputs(spec, place.parent / "virt-dib-mark") as outputs:
-        refused = list(outputs.add(cast("Appliance", guest)))
+        outputs.add(cast("Appliance", guest))
+        refused = list(outputs.not_taken())
+        meanwhile()
         artifacts = outputs.publish()
+        refused += outputs.not_taken()
     assert all(artifact.path.is_file() for artifact in artifacts)
     files = {
         str(path.relative_to(place)): path.read_text()
@@ -174,6 +186,178 @@ def test_a_name_that_leads_away(place: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(elsewhere)) == ["x.d", "x.kernel"]
     assert (files["x.kernel"], files["other"]) == ("old", "o")
     assert len(refused) == 1
+
+
+def test_those_are_counted_that_are_no_files_either(place: Path) -> None:
+    files = {f"sub/{number}": "" for number in range(25)}
+    _, refused = taken(place, Guest({**files, **{f"x.{number}": LINK for number in range(30)}}))
+    assert len(refused) == 21
+    assert refused[-1] == "35 more files of the guest are not taken over"
+
+
+@pytest.mark.parametrize("kind", ["a directory", "files"])
+def test_directories_deeper_than_python_goes(place: Path, kind: str) -> None:
+    drop_in = DropIn(image_name="x", working_dir=place) if kind == "files" else None
+    spec = BuildSpec(name="x", output_dir=place, elements=("e",), drop_in=drop_in)
+    name = "x.deep/" + "d/" * 1500 + "x"
+    with open_outputs(spec, place.parent / "virt-dib-mark") as outputs:
+        outputs.add(cast("Appliance", Guest({name: "deep"})))
+        (artifact,) = outputs.publish()
+    assert outputs.not_taken() == []
+    assert artifact.allocated_bytes == 4096
+    path = place / name if kind == "files" else place / "x.d" / name
+    assert path.read_text() == "deep"
+    # Deeper than pytest's own cleaning goes, too.
+    remove_tree(place)
+
+
+# ---- what the user does meanwhile ----
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "reason"),
+    [
+        ("other", "other", "there is one already, which is not named after the image"),
+        ("a/other", "a/other", "the directory '{place}/a' is there already, and the file is not named after the image"),
+        ("a/other", "a", "'{place}/a' is no directory"),
+        ("x.o", "x.o/", "a directory is in its place"),
+        ("x.d/o", "x.d", "'{place}/x.d' is no directory"),
+        ("x.d/o", "x.d@", "'{place}/x.d' is no directory"),
+    ],
+)
+def test_what_has_come_during_the_build_stays(place: Path, name: str, there: str, reason: str) -> None:
+    def meanwhile() -> None:
+        path = place / there.rstrip("/@")
+        path.parent.mkdir(exist_ok=True)
+        if there.endswith("/"):
+            path.mkdir()
+        elif there.endswith("@"):
+            path.symlink_to(place / "sub")
+        else:
+            path.write_text("mine")
+
+    files, refused = taken(place, Guest({name: "theirs", "x.new": "n", "b/1": "1", "b/2": "2"}), meanwhile=meanwhile)
+    assert refused == [f"not taken over from the guest: '{place}/{name}': {reason.format(place=place)}"]
+    mine = {there: "mine"} if there[-1] not in "/@" else {}
+    assert files == {"Makefile": "mine", "x.kernel": "old", "x.new": "n", "b/1": "1", "b/2": "2", **mine}
+    assert list((place / "sub").iterdir()) == []
+    assert [path for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_named_after_the_image_replaces_what_has_come_during_the_build(place: Path) -> None:
+    files, refused = taken(place, Guest({"x.o": "new"}), meanwhile=lambda: (place / "x.o").write_text("meanwhile"))
+    assert refused == []
+    assert files["x.o"] == "new"
+
+
+BUILT = BuildSpec(name="x", output_dir=Path(), elements=("e",), checksums=("md5",))
+
+
+def published(
+    place: Path,
+    meanwhile: Callable[[], object],
+    outputs_wanted: Sequence[str] = ("raw",),
+    docker_target: str | None = None,
+) -> None:
+    """A build of a raw image with a checksum and of ``x.d``, over earlier ones."""
+    for earlier in ("x.raw", "x.raw.md5", "x.d/file"):
+        (place / earlier).parent.mkdir(exist_ok=True)
+        (place / earlier).write_text("earlier")
+    disk = place.parent / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    built = dataclasses.replace(BUILT, output_dir=place, docker_target=docker_target)
+    with open_outputs(built, place.parent / "virt-dib-mark") as outputs:
+        outputs.add(cast("Appliance", Guest({"file": "new"})))
+        outputs.convert(formats.select(outputs_wanted), formats.Sources(disk=disk, archive=disk))
+        outputs.sum()
+        meanwhile()
+        outputs.publish()
+
+
+def replace_by(path: Path, kind: str) -> None:
+    remove_tree(path)
+    path.unlink(missing_ok=True)
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(path.parent / "sub")
+    else:
+        path.write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("x.raw", "directory", "cannot write '{place}/x.raw': a directory is in its place"),
+        ("x.raw.md5", "directory", "cannot write '{place}/x.raw.md5': a directory is in its place"),
+        ("x.d", "file", "cannot write the directory '{place}/x.d': a file or link is in its place"),
+        ("x.d", "link", "cannot write the directory '{place}/x.d': a file or link is in its place"),
+    ],
+)
+def test_what_cannot_be_replaced_is_an_error_and_earlier_files_stay(
+    place: Path, name: str, kind: str, message: str
+) -> None:
+    with pytest.raises(ToolError) as caught:
+        published(place, lambda: replace_by(place / name, kind))
+    assert str(caught.value) == message.format(place=place)
+    assert caught.value.problems[0].hint == "move it away, and build again"
+    assert {path.name for path in place.iterdir()} == {
+        "Makefile",
+        "link",
+        "sub",
+        "x.kernel",
+        "x.d",
+        "x.raw",
+        "x.raw.md5",
+    }
+    for earlier in ("x.raw", "x.raw.md5", "x.d/file"):
+        if not earlier.startswith(name) or (name == "x.raw" and earlier != name):
+            assert (place / earlier).read_text() == "earlier"
+
+
+def test_all_is_replaced_where_nothing_is_in_the_way(place: Path) -> None:
+    published(place, lambda: None)
+    assert (place / "x.d/file").read_text() == "new"
+    assert (place / "x.raw").stat().st_size == 1 << 20
+    assert (place / "x.raw.md5").read_text().endswith("  x.raw\n")
+
+
+def test_what_comes_at_the_last_moment_is_an_error_too(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the engine for containers gives the image its name there, after all places have been looked at."""
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text(
+        f"#!/bin/sh\ncase $1 in import) echo {'0' * 64};; tag) rm '{place}/x.raw'; mkdir '{place}/x.raw';; esac\n"
+    )
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{docker.parent}:{os.environ['PATH']}")
+    with pytest.raises(ToolError, match=rf"^cannot write '{place}/x\.raw': Is a directory$") as caught:
+        published(place, lambda: None, ["raw", "docker"], docker_target="a:1")
+    assert caught.value.problems[0].hint == "move it away, and build again"
+    assert [path for path in place.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_what_comes_after_the_last_look_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = place / "other"
+    looked: list[str] = []
+
+    def look(base: Path, name: str, own: Sequence[str], made: Collection[Path]) -> str | None:
+        reason = look_really(base, name, own, made)
+        looked.append(name)
+        if len(looked) > 1:
+            late.write_text("mine")
+        return reason
+
+    look_really = _refusal
+    monkeypatch.setattr(outputs_module, "_refusal", look)
+    with pytest.raises(ToolError, match=rf"^cannot write '{late}': File exists$"):
+        taken(place, Guest({"other": "theirs"}))
+    assert late.read_text() == "mine"
+
+
+# ---- builds that fail ----
 
 
 def test_nothing_is_left_of_a_build_that_fails(place: Path) -> None:

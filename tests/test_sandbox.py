@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import TESTS
+from helpers import TESTS, many_descriptors
 from virt_dib import environment as contract
 from virt_dib import namespaces, network, sandbox, staging, tools, workspace
 from virt_dib.errors import ApplianceError, Interrupted, PrerequisiteError, Problem
@@ -113,6 +113,11 @@ def test_200_mb_of_binary_output_pass_without_growth(box: Sandbox) -> None:
     result = box.run(["/bin/bash", "-c", "head -c 200000000 /dev/urandom"], PATH, "/", on_output=count)
     assert (result.exit_status, received) == (0, 200_000_000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 50 * 1024
+
+
+def test_a_program_with_many_files_open_has_sandboxes_too(tmp_path: Path) -> None:
+    with many_descriptors(), open_sandbox(Settings(directory=staged(tmp_path), network=False)) as box:
+        assert bash(box, "echo here; exit 3") == (3, "here\n")
 
 
 def test_a_process_left_behind_does_not_hold_up_the_build(box: Sandbox) -> None:
@@ -328,6 +333,29 @@ def test_capabilities_are_few(box: Sandbox) -> None:
     assert kept >> chown & 1
     assert kept >> sys_admin & 1
     assert "Seccomp:?2" in output
+
+
+SOCKET_OF_32_BITS = """
+import ctypes, mmap, struct
+low, protection = 0x40, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+place = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | low, protection)
+address = ctypes.addressof(ctypes.c_char.from_buffer(place))
+# socketcall(SYS_SOCKET, {AF_INET, SOCK_STREAM, 0}) by the call gate of 32-bit programs.
+code = struct.pack("<B BI BI BI HBB", 0x53, 0xB8, 102, 0xBB, 1, 0xB9, address + 64, 0x80CD, 0x5B, 0xC3)
+place[: len(code)] = code
+place[64:76] = struct.pack("<3I", 2, 1, 0)
+print("socket" if ctypes.CFUNCTYPE(ctypes.c_int)(address)() >= 0 else "refused")
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86 has such programs and such a call")
+def test_32_bit_programs_have_sockets(box: Sandbox) -> None:
+    """Debian's C library for i386 makes them with a call whose arguments no filter can see."""
+    command = ["/usr/bin/python3", "-c", SOCKET_OF_32_BITS]
+    if tools.run(command, doing="trying it on the host", check=False).stdout != "socket\n":
+        pytest.skip("this kernel runs no 32-bit programs")
+    result = box.run(command, PATH, "/")
+    assert (result.exit_status, result.tail) == (0, "socket\n")
 
 
 # ---- the tree stage: what its phases see, tests/test_contract.py has ----

@@ -427,6 +427,8 @@ def test_names_that_lead_out(unpack: Unpack, name: str, kind: bytes) -> None:
         pytest.param([member("a"), member("a", tarfile.LNKTYPE, link="a")], id="a link to itself"),
         pytest.param([member("x" * 300)], id="a name too long"),
         pytest.param([member("d/" * 2500 + "x")], id="a path too long"),
+        pytest.param([member("d/" * 2500 + "x", tarfile.SYMTYPE)], id="the path of a link too long"),
+        pytest.param([member("x", tarfile.LNKTYPE, link="d/" * 2500)], id="a path too long to link to"),
     ],
 )
 def test_members_that_cannot_be(unpack: Unpack, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
@@ -440,6 +442,11 @@ def test_links_and_devices_are_left_out(unpack: Unpack, tmp_path: Path) -> None:
     result = unpack(member("soft", tarfile.SYMTYPE, link="/etc"), *members, member("soft-2/file", data=b"x"))
     assert result == staging.CopiedOut(files=1, left_out=("soft", *(f"{number}\x1b" for number in range(6))))
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["soft-2"]
+
+
+def test_more_of_them_than_anybody_reads_are_counted(unpack: Unpack) -> None:
+    result = unpack(*(member(f"{number}", tarfile.SYMTYPE, link="/etc") for number in range(50)))
+    assert result == staging.CopiedOut(files=0, left_out=tuple(map(str, range(20))), more_left_out=30)
 
 
 def test_a_file_below_a_link_is_a_file_below_a_directory(unpack: Unpack, tmp_path: Path) -> None:

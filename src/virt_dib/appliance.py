@@ -403,7 +403,18 @@ class Appliance:
         Raises:
             ApplianceError: it is longer than *limit_bytes*, or there is no space for it.
         """
-        doing = f"copying '{directory}' out of the appliance"
+        self._copy_out(self._handle.tar_out, directory, target, limit_bytes)
+
+    def download(self, path: str, target: Path, *, limit_bytes: int) -> None:
+        """Copy the file *path* of the build disk to the host.
+
+        Raises:
+            ApplianceError: it is longer than *limit_bytes*, or there is no space for it.
+        """
+        self._copy_out(self._handle.download, path, target, limit_bytes)
+
+    def _copy_out(self, function: Callable[[str, str], None], path: str, target: Path, limit_bytes: int) -> None:
+        doing = f"copying '{path}' out of the appliance"
 
         def check() -> None:
             if target.exists() and target.stat().st_size > limit_bytes:
@@ -411,18 +422,9 @@ class Appliance:
                     f"{doing}: it holds more than {limit_bytes} bytes", hint="have the elements leave less there"
                 )
 
-        inside = self._on_build_disk(directory)
-        self._call(doing, self._handle.tar_out, inside, str(target), timeout_s=None, meanwhile=check)
-
-    def download(self, path: str, target: Path) -> None:
-        """Copy the file *path* of the build disk to the host.
-
-        Raises:
-            ApplianceError: there is no space for it.
-        """
-        doing = f"copying '{path}' out of the appliance"
-        inside = self._on_build_disk(path)
-        self._call(doing, self._handle.download, inside, str(target), timeout_s=None)
+        self._call(doing, function, self._on_build_disk(path), str(target), timeout_s=None, meanwhile=check)
+        # It may have been quick.
+        check()
 
     def upload(self, source: Path, path: str) -> None:
         """Copy a file of the host to *path* on the build disk.

@@ -280,8 +280,8 @@ class _Build:
                 _make_sparse(self._archive_disk.path, staging.BUILD_DISK_BYTES)
             stages = self._in_sandbox if in_sandbox else self._in_appliance
             with self._disks_kept(outputs), stages(verdict) as (appliance, lengths):
-                for text in outputs.add(appliance):
-                    self._monitor.warning(text)
+                outputs.add(appliance)
+                self._warn_of_files(outputs)
                 self._keep_log(appliance)
                 appliance.stop()
             self._check_left(outputs.left)
@@ -292,9 +292,14 @@ class _Build:
                     os.truncate(self._archive_disk.path, lengths.archive_bytes)
                 self._write(outputs)
             artifacts = outputs.publish()
+            self._warn_of_files(outputs)
             for _final, old in outputs.renamed:
                 self._monitor.message(f"Old image found. Renaming it to {old}")
             return artifacts
+
+    def _warn_of_files(self, outputs: Outputs) -> None:
+        for text in outputs.not_taken():
+            self._monitor.warning(text)
 
     def _write(self, outputs: Outputs) -> None:
         """The output files, and their checksums, beside their names."""

@@ -28,7 +28,7 @@ from virt_dib.interrupts import shielded
 from virt_dib.jobs import JobResult, Tail, job_text
 from virt_dib.namespaces import PROCESS_ENVIRONMENT, Ids, Inside, find_ids, inside_namespace
 from virt_dib.spec import BuildSpec
-from virt_dib.staging import Staging
+from virt_dib.staging import BUILD_DISK_BYTES, Staging
 
 _USUAL_CACHE = ".cache/image-create"
 _GIT_SOCKETS = (".cache/git/credential/socket", ".git-credential-cache/socket")
@@ -293,7 +293,8 @@ def copy_from(host: Host, appliance: Appliance) -> Copy:
     """
     _in_appliance(appliance, "pack", _ARCHIVE, contract.BUILD_DIR, *_NAMES).check("packing the tree")
     archive = host.directory / "tree.tar"
-    appliance.download(_ARCHIVE, archive)
+    # Scripts of the tree can have made it longer than the disk that it lies on, out of holes.
+    appliance.download(_ARCHIVE, archive, limit_bytes=BUILD_DISK_BYTES)
     content = Content(directory=host.directory / "content", ids=find_ids(), is_copy=True)
     for name in _NAMES:
         (content.directory / "build" / name).mkdir(parents=True)

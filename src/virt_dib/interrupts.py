@@ -9,10 +9,11 @@ cancels is heard where the build waits, which calls :func:`check_cancelled`; so 
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -170,6 +171,26 @@ def check_cancelled() -> None:
         # What is undone now waits for things, too.
         _state.cancellation = None
         raise Interrupted
+
+
+def ready(
+    readers: Iterable[int], writers: Iterable[int] = (), *, timeout_s: float = CHECK_INTERVAL_S
+) -> tuple[set[int], set[int]]:
+    """The descriptors that can be read, and those that can be written, when there are any, or none after that time.
+
+    As ``select.select``, which takes none from 1024 on: a program that uses the library may have many open. What has
+    ended, or is closed, can be read, and reading tells it.
+    """
+    wanted = dict.fromkeys(readers, select.POLLIN)
+    wanted.update({descriptor: wanted.get(descriptor, 0) | select.POLLOUT for descriptor in writers})
+    poll = select.poll()
+    for descriptor, events in wanted.items():
+        poll.register(descriptor, events)
+    found = [(descriptor, events, wanted[descriptor]) for descriptor, events in poll.poll(max(0.0, timeout_s) * 1000)]
+    return (
+        {descriptor for descriptor, events, asked in found if asked & select.POLLIN and events & ~select.POLLOUT},
+        {descriptor for descriptor, events, _ in found if events & (select.POLLOUT | select.POLLERR)},
+    )
 
 
 @contextlib.contextmanager

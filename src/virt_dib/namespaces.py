@@ -13,7 +13,6 @@ import fcntl
 import os
 import pwd
 import secrets
-import select
 import socket
 import stat
 import struct
@@ -27,7 +26,7 @@ from typing import IO, Protocol
 
 from virt_dib import layout, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
-from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
+from virt_dib.interrupts import check_cancelled, ready, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
 from virt_dib.terminal_link import LINK, Terminal, relay
 
@@ -406,17 +405,17 @@ class Inside:
 
     def _follow(self, pipe: IO[bytes], on_output: Callable[[bytes], None]) -> int:
         """Pass on what the job prints until it ends; return its status."""
-        sources: list[IO[bytes] | socket.socket] = [self.socket, pipe]
+        sources = {self.socket.fileno(), pipe.fileno()}
         while True:
-            ready = select.select(sources, [], [], CHECK_INTERVAL_S)[0]
+            readable, _ = ready(sources)
             check_cancelled()
-            if pipe in ready:
+            if pipe.fileno() in readable:
                 data = _read(pipe, _CHUNK_BYTES)
                 if data:
                     on_output(data)
                 elif data is not None:
-                    sources.remove(pipe)
-            if self.socket in ready:
+                    sources.remove(pipe.fileno())
+            if self.socket.fileno() in readable:
                 word, _, status = self.receive()[0].partition(" ")
                 if word != "exit" or not STATUS.fullmatch(status):
                     raise ApplianceError("running the sandbox: it does not say how the job ended")

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from virt_dib import archives, formats, staging
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
+from virt_dib.errors import Problem, ToolError
 from virt_dib.files import copy_content
 from virt_dib.interrupts import shielded
 from virt_dib.report import Artifact
@@ -29,6 +32,22 @@ _OUT_LIMIT_BYTES = 16 * 1024**3
 _MANIFESTS = "DIB_MANIFEST_SAVE_DIR"
 """The variable that names a directory for files that DIB's element 'manifests' leaves."""
 _MOST_WARNINGS = 20
+_IN_THE_WAY = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY)
+_MOVE_HINT = "move it away, and build again"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    """What is to get its name."""
+
+    partial: Path
+    final: Path
+    kind: formats.Format | str
+    """The format, or the word for it in the report."""
+    base: Path = Path()
+    """Of a file that the guest has named: below which directory of the user's it goes."""
+    own: Sequence[str] = ()
+    """As in :func:`_refusal`."""
 
 
 @contextlib.contextmanager
@@ -49,84 +68,91 @@ class Outputs:
         self._spec = spec
         self._workspace = workspace
         self._directory = spec.output_dir
-        self._partial: list[tuple[Path, Path, formats.Format | str]] = []
-        """What is written, its final name, and the format or the word for it in the report."""
+        self._pending: list[_Pending] = []
         self._imported: Imported | None = None
         self._scratch: list[Path] = []
         """Directories with files that go elsewhere."""
         self.left: tuple[str, ...] = ()
         """The names in what will be ``NAME.d``."""
         self._warnings: list[str] = []
+        self._more_warnings = 0
+        self._made: set[Path] = set()
+        """Directories for files that the guest has named."""
         self.renamed: list[tuple[Path, Path]] = []
         """Files of earlier builds, and the names they have now."""
 
-    def add(self, appliance: Appliance) -> Sequence[str]:
-        """Take over what the elements left in their working directory, the future ``NAME.d``; see ``DropIn``, too.
-
-        Returns what there is to say about files that are not taken over.
-        """
+    def add(self, appliance: Appliance) -> None:
+        """Take over what the elements left in their working directory, the future ``NAME.d``; see ``DropIn``, too."""
         if self._spec.drop_in is not None:
-            left_out = self._add_files(appliance, self._spec.drop_in)
+            self._add_files(appliance, self._spec.drop_in)
         else:
-            left_out = self._add_directory(appliance)
-        for name in left_out:
-            self.warning(f"neither file nor directory, not taken over from the guest: {name}")
-        told, more = self._warnings[:_MOST_WARNINGS], len(self._warnings) - _MOST_WARNINGS
-        self._warnings = []
+            self._add_directory(appliance)
+
+    def not_taken(self) -> Sequence[str]:
+        """What there is to say about files of the guest that are not taken over, since it was asked last."""
+        told, more = self._warnings, self._more_warnings
+        self._warnings, self._more_warnings = [], 0
         if more > 0:
             self.warning(f"{more} more files of the guest are not taken over")
-        return [*told, *self._warnings]
+        last, self._warnings = self._warnings, []
+        return [*told, *last]
 
     def warning(self, text: str) -> None:
-        """Have *text* told."""
-        self._warnings.append(text)
+        """Have *text* told by :meth:`not_taken`, unless there are more than people read."""
+        if len(self._warnings) < _MOST_WARNINGS:
+            self._warnings.append(text)
+        else:
+            self._more_warnings += 1
 
-    def _add_directory(self, appliance: Appliance) -> list[str]:
-        """All as one directory; returns the names of links, devices and the like."""
+    def _add_directory(self, appliance: Appliance) -> None:
+        """All as one directory."""
         partial = self._new(f"{self._spec.name}.d", _DIRECTORY)
         copied = self._copy_out(appliance, contract.OUT, partial)
         if copied.files > 0:
             self.left = tuple(sorted(entry.name for entry in partial.iterdir()))
         else:
             staging.remove_tree(partial)
-            self._partial.pop()
-        return list(copied.left_out)
+            self._pending.pop()
 
     def _copy_out(self, appliance: Appliance, inside: str, target: Path) -> CopiedOut:
         archive = self._workspace / "out.tar"
         appliance.archive(inside, archive, limit_bytes=_OUT_LIMIT_BYTES)
         copied = staging.copy_out(archive, target, limit_bytes=_OUT_LIMIT_BYTES)
         archive.unlink()
+        for name in copied.left_out:
+            self.warning(f"neither file nor directory, not taken over from the guest: {name}")
+        self._more_warnings += copied.more_left_out
         return copied
 
-    def _add_files(self, appliance: Appliance, drop_in: DropIn) -> list[str]:
-        """Every file on its own, to where it would be if the elements had run there; returns as the other one."""
+    def _add_files(self, appliance: Appliance, drop_in: DropIn) -> None:
+        """Every file on its own, to where it would be if the elements had run there."""
         name = None if drop_in.leads_away else os.path.normpath(drop_in.image_name)
         base = drop_in.working_dir
         if not os.access(base, os.W_OK | os.X_OK):
             base, name = self._directory, None
         own = [*_named_after(name), *_directory_given(self._spec.variables.get(_MANIFESTS))]
-        left_out = self._add_files_below(appliance, contract.OUT, base, own)
+        self._add_files_below(appliance, contract.OUT, base, own)
         if drop_in.leads_away:
-            own = _named_after(self._spec.name)
-            left_out += self._add_files_below(appliance, contract.NAMED, self._directory, own)
-        return left_out
+            self._add_files_below(appliance, contract.NAMED, self._directory, _named_after(self._spec.name))
 
-    def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: Sequence[str]) -> list[str]:
+    def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: Sequence[str]) -> None:
         """What is below *inside* in the guest goes below *base*; names that begin with one of *own* may replace."""
         scratch = base / f".{self._spec.name}.{_mark()}.partial"
         self._scratch.append(scratch)
         self._note(scratch)
         scratch.mkdir()
-        copied = self._copy_out(appliance, inside, scratch)
-        for path in sorted(path for path in scratch.rglob("*") if not path.is_dir()):
-            name = str(path.relative_to(scratch))
-            reason = _refusal(base, name, own)
-            if reason is not None:
-                self.warning(f"not taken over from the guest: '{base / name}': {reason}")
-            else:
-                self._partial.append((path, base / name, _FILE))
-        return list(copied.left_out)
+        self._copy_out(appliance, inside, scratch)
+        for name in sorted(_files_below(scratch)):
+            output = _Pending(partial=scratch / name, final=base / name, kind=_FILE, base=base, own=own)
+            if self._may_be(output):
+                self._pending.append(output)
+
+    def _may_be(self, output: _Pending) -> bool:
+        """Whether a file that the guest has named can get that name; it is told if not."""
+        reason = _refusal(output.base, str(output.final.relative_to(output.base)), output.own, self._made)
+        if reason is not None:
+            self.warning(f"not taken over from the guest: '{output.final}': {reason}")
+        return reason is None
 
     def convert(self, outputs: Sequence[formats.Format], sources: formats.Sources) -> None:
         """Write all formats; the image for an engine goes there, when the others are complete, without its name."""
@@ -138,7 +164,9 @@ class Outputs:
 
     def sum(self) -> None:
         """Write the checksums of all output files, in the form of md5sum(1)."""
-        files = {final.name: partial for partial, final, kind in self._partial if isinstance(kind, formats.Format)}
+        files = {
+            output.final.name: output.partial for output in self._pending if isinstance(output.kind, formats.Format)
+        }
         for name, sums in archives.sums_of(files, self._spec.checksums).items():
             for kind, digest in sums.items():
                 # DIB gives md5sum the path that it was given.
@@ -148,31 +176,61 @@ class Outputs:
     def publish(self) -> tuple[Artifact, ...]:
         """Give every file its name; what had that name before goes last, when all the new ones are in place.
 
+        Files that the guest has named, and that have lost their places meanwhile, are left out (``not_taken``).
+
         Raises:
-            ToolError: the engine does not give the image its name.
+            ToolError: something has come meanwhile that cannot be replaced, and then all names are as they were; or
+                the engine does not give the image its name.
         """
-        artifacts = tuple(_artifact(partial, final, kind) for partial, final, kind in self._partial)
-        replaced = []
+        found = [_in_the_way(output) for output in self._pending if output.kind != _FILE]
+        if problems := [problem for problem in found if problem is not None]:
+            raise ToolError.of(problems)
         if self._imported is not None and self._spec.docker_target is not None:
             self._imported.tag(self._spec.docker_target)
             # What has its name stays.
             self._imported = None
+        artifacts = [_artifact(output) for output in self._pending]
+        published, replaced = [], []
         with shielded():
-            for partial, final, kind in self._partial:
-                if kind == _DIRECTORY and final.is_dir():
-                    aside = final.with_name(f".{final.name}.{_mark()}.old")
-                    note_elsewhere(self._workspace, aside, name=final)
-                    final.rename(aside)
-                    replaced.append(aside)
-                elif kind == _FILE:
-                    final.parent.mkdir(parents=True, exist_ok=True)
-                elif isinstance(kind, formats.Format) and self._spec.drop_in is not None:
-                    self._keep_old(final, self._spec.drop_in)
-                partial.replace(final)
-            self._partial.clear()
+            for output, artifact in zip(self._pending, artifacts, strict=True):
+                if output.kind == _FILE and not self._may_be(output):
+                    continue
+                try:
+                    replaced += self._make_way(output)
+                    output.partial.replace(output.final)
+                except OSError as error:
+                    if error.errno not in _IN_THE_WAY:
+                        raise
+                    raise ToolError(f"cannot write '{output.final}': {error.strerror}", hint=_MOVE_HINT) from error
+                published.append(artifact)
+            self._pending.clear()
             for aside in [*replaced, *self._scratch]:
                 staging.remove_tree(aside)
-        return artifacts
+        return tuple(published)
+
+    def _make_way(self, output: _Pending) -> list[Path]:
+        """Have a file take the name; returns the directory, if there is one, that had it before."""
+        final, kind = output.final, output.kind
+        if kind == _DIRECTORY and final.is_dir():
+            aside = final.with_name(f".{final.name}.{_mark()}.old")
+            note_elsewhere(self._workspace, aside, name=final)
+            final.rename(aside)
+            return [aside]
+        if kind == _FILE:
+            self._claim(output)
+        elif isinstance(kind, formats.Format) and self._spec.drop_in is not None:
+            self._keep_old(final, self._spec.drop_in)
+        return []
+
+    def _claim(self, output: _Pending) -> None:
+        """Make the directories for a file that the guest has named, and an empty file, which cannot replace another."""
+        name = output.final.relative_to(output.base)
+        for place in [output.base / parent for parent in reversed(name.parents)]:
+            if not os.path.lexists(place):
+                place.mkdir()
+                self._made.add(place)
+        if not str(name).startswith(tuple(output.own)):
+            os.close(os.open(output.final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC))
 
     def _keep_old(self, final: Path, drop_in: DropIn) -> None:
         """Give an earlier file and its checksums the names that DIB gives them (lib/common-functions, finish_image)."""
@@ -192,11 +250,11 @@ class Outputs:
         if self._imported is not None:
             self._imported.remove()
         with shielded():
-            for partial, _final, _kind in self._partial:
-                if partial.is_dir():
-                    staging.remove_tree(partial)
+            for output in self._pending:
+                if output.partial.is_dir():
+                    staging.remove_tree(output.partial)
                 else:
-                    partial.unlink(missing_ok=True)
+                    output.partial.unlink(missing_ok=True)
             for scratch in self._scratch:
                 staging.remove_tree(scratch)
 
@@ -228,7 +286,7 @@ class Outputs:
         partial = self._directory / f".{name}.{_mark()}.partial"
         self._note(partial)
         # Before it is there: a signal may come in between.
-        self._partial.append((partial, self._directory / name, kind))
+        self._pending.append(_Pending(partial=partial, final=self._directory / name, kind=kind))
         try:
             if kind == _DIRECTORY:
                 partial.mkdir()
@@ -236,7 +294,7 @@ class Outputs:
                 os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
         except OSError:
             # What is there then is somebody else's.
-            self._partial.pop()
+            self._pending.pop()
             raise
         return partial
 
@@ -266,11 +324,35 @@ def _directory_given(value: str | None) -> list[str]:
     return [] if name.startswith((".", "/")) else [f"{name}/"]
 
 
-def _refusal(base: Path, name: str, own: Sequence[str]) -> str | None:
+def _in_the_way(output: _Pending) -> Problem | None:
+    """What has come to the place of an output since :func:`virt_dib.plan.make_plan` has looked."""
+    kind = _kind(output.final)
+    if output.kind == _DIRECTORY and kind not in (None, stat.S_IFDIR):
+        return Problem(f"cannot write the directory '{output.final}': a file or link is in its place", _MOVE_HINT)
+    if output.kind != _DIRECTORY and kind == stat.S_IFDIR:
+        return Problem(f"cannot write '{output.final}': a directory is in its place", _MOVE_HINT)
+    return None
+
+
+def _files_below(directory: Path) -> Iterator[str]:
+    """The files below, by relative name. There may be more directories in each other than Python goes into."""
+    names = [""]
+    for name in names:
+        with os.scandir(directory / name) as entries:
+            for entry in entries:
+                inside = os.path.join(name, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(inside)
+                else:
+                    yield inside
+
+
+def _refusal(base: Path, name: str, own: Sequence[str], made: Collection[Path]) -> str | None:
     """Why the file *name*, which the guest chose, is not to be below *base*, the user's directory; None: it may.
 
-    Only what begins with one of *own* replaces something, or goes into a directory that is there: that may be any, and
-    what lies in it may have a meaning to other programs. Nor are there to be hidden files which have one.
+    Only what begins with one of *own* replaces something, or goes into a directory that is there and not *made* for
+    such files: that may be any, and what lies in it may have a meaning to other programs. Nor are there to be hidden
+    files which have one.
     """
     mine = name.startswith(tuple(own))
     parts = Path(name).parts
@@ -281,7 +363,7 @@ def _refusal(base: Path, name: str, own: Sequence[str]) -> str | None:
         kind = _kind(base / parent)
         if kind not in (None, stat.S_IFDIR):
             return f"'{base / parent}' is no directory"
-        if kind is not None and not mine:
+        if kind is not None and not mine and base / parent not in made:
             return f"the directory '{base / parent}' is there already, and the file is not named after the image"
     kind = _kind(base / name)
     if kind == stat.S_IFDIR:
@@ -303,12 +385,13 @@ def _checksum_line(digest: str, name: str) -> str:
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
 
 
-def _artifact(partial: Path, final: Path, kind: formats.Format | str) -> Artifact:
+def _artifact(output: _Pending) -> Artifact:
+    partial, kind = output.partial, output.kind
     if kind == _DIRECTORY:
-        size = sum(entry.stat().st_blocks * 512 for entry in partial.rglob("*") if entry.is_file())
-        return Artifact(path=final, format=_DIRECTORY, allocated_bytes=size)
+        size = sum((partial / name).stat().st_blocks * 512 for name in _files_below(partial))
+        return Artifact(path=output.final, format=_DIRECTORY, allocated_bytes=size)
     return Artifact(
-        path=final,
+        path=output.final,
         format=kind if isinstance(kind, str) else kind.name,
         allocated_bytes=partial.stat().st_blocks * 512,
         virtual_bytes=formats.virtual_size_bytes(partial, kind) if isinstance(kind, formats.DiskFormat) else None,

@@ -226,13 +226,25 @@ class Sandbox:
         """The beginning of the file *path*, below ``/dib``.
 
         Raises:
-            ApplianceError: it cannot be read.
+            ApplianceError: it cannot be read, or more comes than was asked for.
         """
         data = bytearray()
+
+        def take(piece: bytes) -> None:
+            # Elements can put another program in the place of this one.
+            if len(data) + len(piece) > limit_bytes:
+                raise ApplianceError(
+                    f"reading '{path}' in the sandbox: more comes than the {limit_bytes} bytes that were asked for",
+                    hint="an element has put a program of its own in the place of 'head'",
+                )
+            data.extend(piece)
+
         command = ["head", f"--bytes={limit_bytes}", "--", _in_build(path)]
-        result = self.run(command, PROCESS_ENVIRONMENT, "/", on_output=data.extend)
+        result = self.run(command, PROCESS_ENVIRONMENT, "/", on_output=take)
         if result.exit_status != 0:
-            raise ApplianceError(f"reading '{path}' in the sandbox: {bytes(data).decode(errors='replace').strip()}")
+            said = Tail()
+            said.add(bytes(data))
+            raise ApplianceError(f"reading '{path}' in the sandbox: {said.text().strip()}")
         return bytes(data)
 
     def write(self, path: str, data: bytes) -> None:
@@ -257,7 +269,8 @@ class Sandbox:
         with _for_sandbox(target) as stream:
             result = self._kept(job_text(words, PROCESS_ENVIRONMENT, "/"), stream.fileno())
         doing = f"copying '{directory}' out of the sandbox"
-        if result.exit_status == _TOO_LONG_STATUS:
+        # bash, which is to keep to the limit, can be another program, too.
+        if result.exit_status == _TOO_LONG_STATUS or target.stat().st_size > limit_bytes:
             raise ApplianceError(f"{doing}: it holds more than {limit_bytes} bytes", hint="an element left it there")
         result.check(doing)
 

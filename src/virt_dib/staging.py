@@ -67,6 +67,10 @@ MOST_CACHED = 1_000_000
 """As MOST_MEMBERS, of what elements cache: git repositories, packages."""
 _MOST_HEADER_BYTES = 64 << 10
 """What an archive may say about one of them: several times the longest path, twice."""
+_LONGEST_NAME_BYTES = 4096
+"""PATH_MAX: of what the host could not even be asked for."""
+_MOST_NAMES = 20
+_TOLD_CHARACTERS = 200
 _LAST_DATE_S = 1 << 33
 _COPIED_BYTES = 1 << 20
 
@@ -88,7 +92,9 @@ class CopiedOut:
 
     files: int
     left_out: tuple[str, ...]
-    """Names of links, devices and the like, as the guest wrote them."""
+    """Names of links, devices and the like, as the guest wrote them: the first ones, as many as anybody reads."""
+    more_left_out: int = 0
+    """How many there were besides."""
 
 
 def build_disk_options() -> tuple[str, ...]:
@@ -475,7 +481,7 @@ def copy_out(archive: Path, target: Path, *, limit_bytes: int, as_cache: bool = 
         if error.errno in _HOST_ERRORS:
             raise
         raise ApplianceError(
-            f"taking over what the guest left: {error.strerror or error}: {unpacking.name!r}",
+            f"taking over what the guest left: {error.strerror or error}: {unpacking.name[:_TOLD_CHARACTERS]!r}",
             hint="two files may have one name, or a file the name of a directory",
         ) from error
     except (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError, MemoryError) as error:
@@ -483,7 +489,8 @@ def copy_out(archive: Path, target: Path, *, limit_bytes: int, as_cache: bool = 
         raise ApplianceError(
             f"the archive that the guest left is damaged: {str(error) or type(error).__name__}"
         ) from error
-    return CopiedOut(files=unpacking.files, left_out=tuple(unpacking.left_out))
+    left_out = tuple(unpacking.left_out)
+    return CopiedOut(files=unpacking.files, left_out=left_out, more_left_out=unpacking.more_left_out)
 
 
 class _Headers(io.FileIO):
@@ -532,6 +539,11 @@ def stays_inside(name: str, target: str) -> bool:
     return bool(target) and "\0" not in target and target[0] != "/" and ".." not in words[ups:] and ups <= inside
 
 
+def _known_by(path: Path) -> int:
+    """What is remembered of a path, which may be long and one of many. One that is taken for another fails later."""
+    return hash(str(path))
+
+
 class _Unpacking:
     """The state of one ``copy_out``."""
 
@@ -542,12 +554,13 @@ class _Unpacking:
         self._limit_bytes = limit_bytes
         self._left_bytes = limit_bytes
         self._members = 0
-        self._made = {target}
-        self._sizes_bytes: dict[Path, int] = {}
+        self._made = {_known_by(target)}
+        self._sizes_bytes: dict[int, int] = {}
         """The files written."""
         self.name = ""
         """Of the member at work."""
         self.left_out: list[str] = []
+        self.more_left_out = 0
 
     @property
     def _what(self) -> str:
@@ -561,11 +574,11 @@ class _Unpacking:
         """Take over one member of *archive*."""
         self.name = member.name
         if member.size < 0 or member.offset_data < 0 or member.issparse():
-            raise ApplianceError(f"the archive that the guest left is damaged at {member.name!r}")
+            raise ApplianceError(f"the archive that the guest left is damaged at {member.name[:_TOLD_CHARACTERS]!r}")
         self._count()
         path = self._path(member.name)
         if member.isdir():
-            if path not in self._made:
+            if _known_by(path) not in self._made:
                 self._make_parents(path)
                 self._make_directory(path)
         elif member.isreg() and path != self._target:
@@ -575,21 +588,28 @@ class _Unpacking:
             if self._as_cache:
                 date_s = min(max(member.mtime, 0), _LAST_DATE_S)
                 os.utime(path, (date_s, date_s), follow_symlinks=False)
-        elif member.islnk() and (original := self._path(member.linkname)) in self._sizes_bytes:
+        elif member.islnk() and _known_by(original := self._path(member.linkname)) in self._sizes_bytes:
             with original.open("rb") as earlier:
                 executable = bool(original.stat().st_mode & stat.S_IXUSR)
-                self._write(path, earlier, self._sizes_bytes[original], executable=executable)
+                self._write(path, earlier, self._sizes_bytes[_known_by(original)], executable=executable)
         elif self._as_cache and member.issym() and self._stays_inside(path, member.linkname):
             self._make_parents(path)
             path.symlink_to(member.linkname)
-        else:
+        elif len(self.left_out) < _MOST_NAMES:
             self.left_out.append(member.name)
+        else:
+            self.more_left_out += 1
 
     def _stays_inside(self, path: Path, target: str) -> bool:
         below = PurePosixPath(path.relative_to(self._target))
         return len(below.parts) > 1 and stays_inside("/".join(below.parts[1:]), target)
 
     def _path(self, name: str) -> Path:
+        if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
+            raise ApplianceError(
+                f"taking over what the guest left: {os.strerror(errno.ENAMETOOLONG)}: {name[:_TOLD_CHARACTERS]!r}",
+                hint="an element left it there",
+            )
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts:
             raise ApplianceError(f"the guest left a file with the name {name!r}, which is not taken over")
@@ -604,7 +624,7 @@ class _Unpacking:
 
     def _make_parents(self, path: Path) -> None:
         missing = []
-        while (path := path.parent) not in self._made:
+        while _known_by(path := path.parent) not in self._made:
             missing.append(path)
         for directory in reversed(missing):
             self._count()
@@ -612,7 +632,7 @@ class _Unpacking:
 
     def _make_directory(self, path: Path) -> None:
         path.mkdir()
-        self._made.add(path)
+        self._made.add(_known_by(path))
 
     def _write(self, path: Path, source: IO[bytes], size_bytes: int, *, executable: bool) -> None:
         self._left_bytes -= size_bytes
@@ -628,4 +648,4 @@ class _Unpacking:
                     raise tarfile.ReadError(f"the end is in {self.name!r}")
                 left_bytes -= sink.write(data)
                 check_cancelled()
-        self._sizes_bytes[path] = size_bytes
+        self._sizes_bytes[_known_by(path)] = size_bytes

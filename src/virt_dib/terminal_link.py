@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import socket
 import struct
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from virt_dib.errors import ApplianceError
-from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, interrupt, shielded, unshielded
+from virt_dib.interrupts import check_cancelled, interrupt, ready, shielded, unshielded
 
 LINK = ("/usr/bin/python3", "-I", "-S", "/dib/guest/shell-link.py")
 """The other end: its command, before the name of the stream and the command of the shell."""
@@ -77,7 +76,7 @@ class Terminal:
             try:
                 rest = rest[os.write(self._writer, rest) :]
             except BlockingIOError:
-                select.select([], [self._writer], [], CHECK_INTERVAL_S)
+                ready((), [self._writer])
             except OSError:
                 interrupt()
         if data:
@@ -143,7 +142,7 @@ class Terminal:
 
     def _restore(self, before: Sequence[list[Any]]) -> None:
         """Never wait for the terminal, which may be gone, or held."""
-        if select.select([], [self._writer], [], 0)[1]:
+        if ready((), [self._writer], timeout_s=0)[1]:
             with contextlib.suppress(OSError):
                 os.write(self._writer, (_CALM if terminal_name() != "dumb" else b"") + self._line_end())
         for descriptor, attributes in zip((self.reader, self._writer), before, strict=True):
@@ -181,22 +180,22 @@ def relay(stream: socket.socket, terminal: Terminal, goes_on: Callable[[], bool]
                 link.put(b"w", _SIZE.pack(*size))
             readers = [stream.fileno(), wake, *([terminal.reader] if link.waiting < _LIMIT_BYTES else [])]
             writers = [stream.fileno()] if link.waiting else []
-            ready, writable, _ = select.select(readers, writers, [], CHECK_INTERVAL_S)
+            readable, writable = ready(readers, writers)
             check_cancelled()
-            if wake in ready:
+            if wake in readable:
                 os.read(wake, _CHUNK_BYTES)
-            if terminal.reader in ready:
+            if terminal.reader in readable:
                 link.put(b"d", escape.feed(terminal.read()))
             if writable:
                 link.write()
-            if stream.fileno() in ready:
+            if stream.fileno() in readable:
                 try:
                     status = _show(link, terminal)
                 except ConnectionError:
                     return None
                 if status is not None:
                     return status
-            if not lives and not ready:
+            if not lives and not readable:
                 # Nor is anything on its way any more.
                 return None
 

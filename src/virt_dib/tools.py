@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
-from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
+from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, ready, shielded
 
 TOGETHER = subprocess.STDOUT
 """For ``started``: standard error goes where standard output goes."""
@@ -30,6 +30,10 @@ _PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "TMPDIR")
 _GUARD = Path(__file__).with_name("guest") / "host-guard.sh"
 _STOP_TIMEOUT_S = 3.0
 _ERROR_LINES = 5
+_ERROR_CHARACTERS = 2000
+_CHUNK_BYTES = 1 << 16
+_KEPT_BYTES = 1 << 20
+"""Of what a program says: it may be about what comes from the guest, and have no end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +229,7 @@ def run(
     timeout_s: float | None = None,
     check: bool = True,
 ) -> Result:
-    """Run *command* to its end and return its output, decoded with replacement.
+    """Run *command* to its end and return its output, and the last MiB of its errors, decoded with replacement.
 
     *doing* names the work in errors ("converting the image to qcow2").
 
@@ -251,6 +255,8 @@ def run(
 def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
     """Run all *commands* at the same time, to their ends. Their keys name the work in errors and results.
 
+    Of output that goes to no file the last MiB is kept.
+
     Raises:
         ToolError: one cannot be started or fails; the others are stopped.
     """
@@ -258,10 +264,9 @@ def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
     with contextlib.ExitStack() as stack:
         running = {doing: stack.enter_context(_with_files(command)) for doing, command in commands.items()}
         for doing, process in running.items():
-            out, err = _communicate(process)
+            out, err = _communicate(process, most_output_bytes=_KEPT_BYTES)
             program = Path(os.fspath(commands[doing].words[0])).name
-            # None instead of what went into a file.
-            results[doing] = _result(process.returncode, out or b"", err)
+            results[doing] = _result(process.returncode, out, err)
             _check(results[doing], process.returncode, f"{doing}: '{program}'")
     return results
 
@@ -312,17 +317,36 @@ def _input(data: bytes | None) -> Iterator[int]:
         yield stream.fileno()
 
 
-def _communicate(process: Process, timeout_s: float | None = None) -> tuple[bytes, bytes]:
-    """As Popen.communicate, but with a look now and then whether the build is cancelled."""
+def _communicate(
+    process: Process, timeout_s: float | None = None, *, most_output_bytes: int | None = None
+) -> tuple[bytes, bytes]:
+    """What it prints until its end. As Popen.communicate, but with a look now and then whether the build is cancelled.
+
+    Only the last of its errors is kept and, with *most_output_bytes*, of its output.
+    """
     until_s = None if timeout_s is None else time.monotonic() + timeout_s
-    while True:
+    streams = [(process.stdout, most_output_bytes), (process.stderr, _KEPT_BYTES)]
+    limits = {stream.fileno(): limit for stream, limit in streams if stream is not None}
+    kept = {descriptor: bytearray() for descriptor in limits}
+    going_on = set(limits)
+    while going_on or process.poll() is None:
         left_s = CHECK_INTERVAL_S if until_s is None else until_s - time.monotonic()
-        try:
-            return process.communicate(timeout=max(0.0, min(left_s, CHECK_INTERVAL_S)))
-        except subprocess.TimeoutExpired:
-            if left_s <= CHECK_INTERVAL_S and until_s is not None:
-                raise
-            check_cancelled()
+        if left_s <= 0:
+            raise subprocess.TimeoutExpired(process.args, timeout_s or 0)
+        slice_s = min(left_s, CHECK_INTERVAL_S)
+        if not going_on:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(slice_s)
+        for descriptor in ready(going_on, timeout_s=slice_s)[0] if going_on else ():
+            data = os.read(descriptor, _CHUNK_BYTES)
+            kept[descriptor] += data
+            if (limit := limits[descriptor]) is not None:
+                del kept[descriptor][:-limit]
+            if not data:
+                going_on.remove(descriptor)
+        check_cancelled()
+    out, err = (b"" if stream is None else bytes(kept[stream.fileno()]) for stream, _ in streams)
+    return out, err
 
 
 def _result(code: int, out: bytes, err: bytes) -> Result:
@@ -350,7 +374,7 @@ def describe_status(code: int) -> str:
 
 def _last_words(result: Result) -> str:
     lines = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
-    said = " / ".join(lines[-_ERROR_LINES:])
+    said = " / ".join(lines[-_ERROR_LINES:])[-_ERROR_CHARACTERS:]
     # It may have been reading what comes from the guest.
     return ": " + "".join(c if c.isprintable() else "?" for c in said) if said else ""
 

@@ -24,6 +24,9 @@ MOST_MEMORY_BYTES = 1 << 30
 """For this program, which reads a header of any length at once; sqfstar has its own limits."""
 PREFIXES = ("user.", "trusted.", "security.")
 """Of the attributes that a squashfs can hold."""
+LONGEST_TOLD = 200
+MOST_MEMBERS = 4_000_000
+"""Of whose names the memory has room for something to know each by."""
 
 
 def time_of(member: tarfile.TarInfo) -> int:
@@ -74,12 +77,36 @@ def forget(archive: Any) -> None:  # noqa: ANN401 - typeshed does not have the l
     archive.members.clear()
 
 
+class Names:
+    """The names seen so far, as sqfstar 4.5.1 takes them, which waits for ever when one comes some 12,000 times."""
+
+    def __init__(self) -> None:
+        self._seen = {hash("")}
+
+    def add(self, name: str) -> None:
+        """Refuse a name that came before: GNU tar writes each file of a tree once.
+
+        Raises:
+            tarfile.ReadError: it did, or there are too many.
+        """
+        words = [word for word in name.partition("\0")[0].split("/") if word not in ("", ".", "..")]
+        # Python's own hash, which has a key that nobody knows, is all there is room for.
+        known = hash("/".join(words))
+        if known in self._seen:
+            raise tarfile.ReadError(f"a name is there twice: {name[:LONGEST_TOLD]!r}")
+        if len(self._seen) > MOST_MEMBERS:
+            raise tarfile.ReadError(f"there are more than {MOST_MEMBERS} files in it")
+        self._seen.add(known)
+
+
 def feed(source: tarfile.TarFile, stream: BinaryIO) -> None:
     """Write all that is left of the archive, in plainer form."""
+    names = Names()
     with stream, tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, **TEXT) as made:
         for member in source:
             if source.pax_headers:
                 raise tarfile.ReadError("a header is for all files")
+            names.add(member.name)
             made.addfile(plain(member), source.extractfile(member) if member.isreg() else None)
             forget(source)
             forget(made)

@@ -121,6 +121,9 @@ PATH_BYTES = 4096
 
 FOREIGN_ARCHITECTURES = {"x86_64": (b"x86", b"x32"), "aarch64": (b"arm",)}
 """Whose programs the processor runs besides its own, by the machine's name."""
+MULTIPLEXED = b"x86"
+"""Where C libraries make sockets with 'socketcall', whose arguments no filter can see. libseccomp makes of a rule for
+one family that there are no sockets at all, and so no network for the 32-bit programs of a tree."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -250,13 +253,20 @@ class Seccomp:
     def _refusals(self) -> ctypes.c_void_p:
         library = self._library
         context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(self.ALLOW)))
-        for foreign in FOREIGN_ARCHITECTURES.get(os.uname().machine, ()):
-            library.seccomp_arch_add(context, ctypes.c_uint32(library.seccomp_arch_resolve_name(foreign)))
+        foreign = FOREIGN_ARCHITECTURES.get(os.uname().machine, ())
+        # A rule is for the architectures that are there when it is added.
+        self._add_architectures(context, [name for name in foreign if name != MULTIPLEXED])
+        if library.seccomp_arch_native() != library.seccomp_arch_resolve_name(MULTIPLEXED):
+            for family in REFUSED_FAMILIES:
+                self._add(context, self.error(errno.EAFNOSUPPORT), "socket", Comparison(0, self.EQUAL, family, 0))
+        self._add_architectures(context, [name for name in foreign if name == MULTIPLEXED])
         for name in REFUSED_CALLS:
             self._add(context, self.error(errno.EPERM), name)
-        for family in REFUSED_FAMILIES:
-            self._add(context, self.error(errno.EAFNOSUPPORT), "socket", Comparison(0, self.EQUAL, family, 0))
         return context
+
+    def _add_architectures(self, context: ctypes.c_void_p, names: Sequence[bytes]) -> None:
+        for name in names:
+            self._library.seccomp_arch_add(context, ctypes.c_uint32(self._library.seccomp_arch_resolve_name(name)))
 
     def _load(self, context: ctypes.c_void_p) -> None:
         result = self._library.seccomp_load(context)
@@ -607,8 +617,11 @@ def guard(command: list[str]) -> None:
             os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             execute(command)
     watched = os.pidfd_open(child)
-    while not select.select([0, watched], [], [])[0]:
-        pass
+    # With as many descriptors open as whoever has started this.
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    poll.register(watched, select.POLLIN)
+    poll.poll()
     os.kill(child, signal.SIGKILL)
     sys.exit(shell_status(os.waitpid(child, 0)[1]))
 
