@@ -319,6 +319,7 @@ def test_it_waits_for_another_build_that_is_writing(cache: Path, start: Callable
 
 def test_what_a_killed_build_left_is_removed_and_never_handed_out(cache: Path, start: Callable[[], Build]) -> None:
     (cache / ".virt-dib-killed/new").mkdir(parents=True)
+    (cache / ".virt-dib-killed/file").touch()
     (cache / ".virt-dib-alive").mkdir()
     with contextlib.ExitStack() as stack:
         descriptor = os.open(cache / ".virt-dib-alive", os.O_RDONLY)
@@ -328,6 +329,15 @@ def test_what_a_killed_build_left_is_removed_and_never_handed_out(cache: Path, s
         assert {path.name for path in build.copy.iterdir()} == {"git", "image"}
         build.end()
     assert {path.name for path in cache.iterdir()} == {".virt-dib-alive", "git", "image"}
+
+
+def test_what_others_can_change_meanwhile_is_not_removed(cache: Path, start: Callable[[], Build]) -> None:
+    left = cache / ".virt-dib-planted"
+    (left / "new").mkdir(parents=True)
+    left.chmod(0o777)
+    build = start()
+    build.end()
+    assert (left / "new").is_dir()
 
 
 @pytest.mark.parametrize("link", [".virt-dib-killed", ".virt-dib-killed/old"])

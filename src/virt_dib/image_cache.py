@@ -331,11 +331,11 @@ def _signature(state: os.stat_result) -> _Signature:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path, how: int) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _locked(directory: Path, how: int, *, flags: int = 0) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | flags)
     try:
         fcntl.flock(descriptor, how)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -363,9 +363,22 @@ def _sweep(cache: Path) -> None:
     """
     for name in os.listdir(cache):
         if name.startswith(_OWN):
-            with contextlib.suppress(OSError), _locked(cache / name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            left, how = cache / name, fcntl.LOCK_EX | fcntl.LOCK_NB
+            with contextlib.suppress(OSError), _locked(left, how, flags=os.O_NOFOLLOW) as descriptor:
+                if not _is_private(os.fstat(descriptor)):
+                    continue
                 _give_back(cache, name)
-                staging.remove_tree(cache / name)
+                # By the descriptor: in a cache that others can write to, the name may be something else's by now.
+                for inside in os.listdir(descriptor):
+                    staging.remove_tree(Path(f"/proc/self/fd/{descriptor}/{inside}"))
+                    with contextlib.suppress(OSError):  # it has been a directory
+                        os.unlink(inside, dir_fd=descriptor)
+                left.rmdir()
+
+
+def _is_private(state: os.stat_result) -> bool:
+    """Whether nobody else can put anything into a directory, such as a link in the place of what is to be removed."""
+    return state.st_uid == os.geteuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _give_back(cache: Path, own: str) -> None:
