@@ -33,6 +33,8 @@ from virt_dib.supermin import cache_dir
 MEASURING = ("COVERAGE_PROCESS_START", "COVERAGE_DIR", "PYTEST_CURRENT_TEST")
 """The variables that coverage.ini needs."""
 
+DIBS = ("disk-image-create", "ramdisk-image-create", "diskimage-builder")
+
 # How long an example takes says something about the machine's other work, not about the code.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
@@ -61,7 +63,8 @@ def measure_programs() -> None:
 
     def begin(self: tools.Process, args: Sequence[str | Path], **options: Any) -> None:  # noqa: ANN401 - Popen's
         environment = options.get("env")
-        ours = any(os.fspath(word).startswith(sys.prefix) for word in args)
+        # Not those of diskimage-builder, whose scripts would see the variables.
+        ours = any(os.fspath(word).startswith(sys.prefix) and Path(word).name not in DIBS for word in args)
         if environment is not None and ours and "-I" not in args:
             options["env"] = {name: os.environ[name] for name in MEASURING if name in os.environ} | environment
         real(self, args, **options)
