@@ -267,6 +267,23 @@ def test_the_disks_of_a_build_whose_script_fails_can_be_kept(
         assert files_in_image(found["build"]).text("/build/mnt/made") == "so far\n"
 
 
+@pytest.mark.appliance
+def test_disks_that_there_is_no_room_to_keep(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    skip_without("sandbox")
+    make_element(tmp_path / "elements", "bad", {"root.d/50-bad": "#!/bin/bash\nexit 9\n"})
+    small, listing = tmp_path / "small", tmp_path / "listing"
+    small.mkdir()
+    # As above.
+    look = f'mount -t tmpfs -o size=1m none {small}; "$@"; status=$?; ls -A {small} >{listing}; exit $status'
+    arguments: list[str | Path] = ["--isolation", "sandbox", "--no-delete-on-failure", "--name", small / "disk"]
+    arguments += ["--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "bad"]
+    run = fail(arguments, output_dir, tmp_path, run_by=hidden(look))
+    assert run.exit_status == 1
+    assert "the disk 'build' of the build cannot be kept: No space left on device" in run.stdout
+    assert errors(run)[0].startswith("virt-dib: error: root.d/50-bad of element 'bad' failed with exit status 9")
+    assert listing.read_text().split() == ["disk.log"]
+
+
 @pytest.mark.parametrize(
     "phase",
     [

@@ -130,6 +130,19 @@ def test_a_process_left_behind_does_not_hold_up_the_build(box: Sandbox) -> None:
     assert bash(box, "kill -KILL -1; echo alone") == (0, "alone\n")
 
 
+def test_more_files_beside_the_image_than_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "MOST_MEMBERS", 10)
+    with open_sandbox(Settings(directory=staged(tmp_path), network=False)) as box:
+        assert bash(box, "touch /dib/out/{1..11}") == (0, "")
+        with pytest.raises(ApplianceError, match="the guest left more than 10 files beside the image"):
+            box.make_build_disk(tmp_path / "build.img")
+
+
+def test_a_job_that_reads_its_own_output(box: Sandbox) -> None:
+    status, _ = bash(box, "cat </proc/self/fd/1 >/dev/null & for i in {1..30000}; do echo $i; done; kill $!")
+    assert status == 0
+
+
 def test_a_job_has_no_descriptors_but_its_own(box: Sandbox) -> None:
     assert bash(box, "cd /proc/self/fd; echo *; readlink 0")[1] == "0 1 2 3\n/dev/null\n"
 

@@ -274,7 +274,11 @@ class Outputs:
             # Another file system, most likely.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with disk.open("rb") as reader, open(os.open(kept, flags, 0o600), "wb") as writer:
-                copy_content(reader.fileno(), writer.fileno())
+                try:
+                    copy_content(reader.fileno(), writer.fileno())
+                except OSError:
+                    kept.unlink()
+                    raise
         return kept
 
     def _new(self, name: str, kind: formats.Format | str) -> Path:
