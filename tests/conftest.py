@@ -26,7 +26,9 @@ from helpers import (
     virt_dib,
 )
 from virt_dib import staging, tools
-from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.appliance import Appliance, open_appliance
+from virt_dib.files import remove_tree
+from virt_dib.machine import Disk, Settings
 from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 
@@ -163,4 +165,4 @@ def anyones_dir() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o777)
     yield directory
-    staging.remove_tree(directory)
+    remove_tree(directory)

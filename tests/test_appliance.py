@@ -15,9 +15,10 @@ from conftest import MakeAppliance
 from helpers import make_element, processes_of, virt_dib
 from virt_dib import appliance as appliance_module
 from virt_dib import staging, supermin, tools
-from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.appliance import Appliance, open_appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import Event, Splitter
+from virt_dib.machine import Disk, Settings
 from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 from virt_dib.terminal_link import LINK, Terminal
@@ -80,7 +81,7 @@ def test_a_copy_is_not_longer_than_it_may_be(
 ) -> None:
     """Also where it never ends, and where it has ended before anybody looks."""
     copying = Copying(size_bytes)
-    monkeypatch.setattr(appliance_module, "_handle", lambda _: copying)
+    monkeypatch.setattr(appliance_module, "new_handle", lambda _: copying)
     monkeypatch.setattr(Appliance, "_start", lambda _: None)
     disk = Disk(path=tmp_path / "disk", label="build")
     disk.path.touch()

@@ -18,9 +18,10 @@ import pytest
 
 from helpers import ExtFiles, Run, files_in_image, make_element, make_tiny_os, virt_dib
 from virt_dib import staging, tools
-from virt_dib.appliance import Disk, Settings, open_appliance
+from virt_dib.appliance import open_appliance
 from virt_dib.drive import Drive, held, inspect, note_format
 from virt_dib.errors import Interrupted, UsageError
+from virt_dib.machine import Disk, Settings
 from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 

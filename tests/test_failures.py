@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from helpers import Run, files_in_image, make_element, skip_without, virt_dib
-from virt_dib import api, events, staging, tools
+from virt_dib import api, events, tools
 from virt_dib.errors import ToolError
+from virt_dib.files import remove_tree
 from virt_dib.spec import Phase
 
 OLD = "an image of an earlier build"
@@ -407,7 +408,7 @@ def test_an_output_directory_that_is_removed_in_the_middle(element_dir: Path, tm
 
     def remove(event: events.Event) -> None:
         if isinstance(event, events.PhaseStarted) and output_dir.exists():
-            staging.remove_tree(output_dir)
+            remove_tree(output_dir)
 
     spec = api.BuildSpec(
         name="x", output_dir=output_dir, elements=("tiny-os",), element_paths=(element_dir,), skip_base=True

@@ -36,6 +36,7 @@ from virt_dib import (
     staging,
 )
 from virt_dib.errors import UsageError, VirtDibError
+from virt_dib.files import remove_tree
 from virt_dib.releases import NEWEST
 from virt_dib.scripts import Scripts
 from virt_dib.spec import BuildSpec, Phase, parse_duration, parse_size
@@ -414,5 +415,5 @@ def test_trees_of_elements(one: dict[str, Any], two: dict[str, Any]) -> None:
                 assert stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
                 assert path.name != "key"
         assert all(problem.message and problem.hint for problem in found)
-        staging.remove_tree(place / "staging")
+        remove_tree(place / "staging")
         assert sorted(path.name for path in place.iterdir()) == ["elements", "secret"]

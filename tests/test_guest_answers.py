@@ -22,11 +22,12 @@ import pytest
 from guests import Guest
 from helpers import make_element, skip_without
 from virt_dib import events, namespaces, prerequisites, tools
-from virt_dib.appliance import Appliance, Disk
+from virt_dib.appliance import Appliance
 from virt_dib.break_points import AFTER_ERROR, NO_BREAKS, Breaks
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError, ScriptError
 from virt_dib.image_cache import ImageCache
+from virt_dib.machine import Disk
 from virt_dib.monitor import BuildMonitor
 from virt_dib.namespaces import Inside
 from virt_dib.old_disk import OldDisk

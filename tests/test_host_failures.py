@@ -38,6 +38,7 @@ from virt_dib import (
     jobs,
     kvm,
     layout,
+    machine,
     network,
     prerequisites,
     sandbox,
@@ -45,7 +46,7 @@ from virt_dib import (
     terminal_link,
     tools,
 )
-from virt_dib.appliance import Disk, Settings, open_appliance
+from virt_dib.appliance import open_appliance
 from virt_dib.errors import (
     ApplianceError,
     Interrupted,
@@ -56,6 +57,7 @@ from virt_dib.errors import (
 )
 from virt_dib.interrupts import Cancellation, cancellable
 from virt_dib.jobs import JobResult
+from virt_dib.machine import Disk, Settings
 from virt_dib.spec import BuildSpec
 from virt_dib.workspace import open_workspace
 
@@ -207,7 +209,7 @@ def starting(tmp_path: Path, qemu: str) -> Settings:
 
 
 def need_libguestfs() -> None:
-    problem = appliance.binding_problem()
+    problem = machine.binding_problem()
     if problem is not None or prerequisites.require_prerequisites():
         pytest.skip("this host has no appliance")
 
@@ -250,7 +252,7 @@ def test_a_thread_that_has_ended_has_no_children() -> None:
     assert thread.native_id is not None
     while Path(f"/proc/self/task/{thread.native_id}").exists():
         time.sleep(0.01)
-    assert appliance._children(thread.native_id) == set()
+    assert machine.children(thread.native_id) == set()
 
 
 # ---- what the appliance is made of ----

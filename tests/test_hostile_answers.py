@@ -18,10 +18,11 @@ import pytest
 
 from guests import Guest
 from helpers import make_tiny_os
-from virt_dib.appliance import Appliance, Disk
+from virt_dib.appliance import Appliance
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import JobResult
+from virt_dib.machine import Disk
 from virt_dib.monitor import BuildMonitor
 from virt_dib.old_disk import OldDisk
 from virt_dib.phases import Phases

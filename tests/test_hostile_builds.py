@@ -13,7 +13,7 @@ from helpers import Run, make_element
 from test_failures import errors, fail, hints, nothing_left, output_dir
 from test_isolation import SANDBOX
 from virt_dib import tools
-from virt_dib.staging import MOST_MEMBERS
+from virt_dib.unpacking import MOST_MEMBERS
 
 pytestmark = pytest.mark.full
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that cross from the guest to the host, made to hurt: archives, lists, names, disk images.
 
-What tests/test_staging.py, test_outputs.py, test_image_cache.py, test_drive.py and test_formats.py have of this is
+What tests/test_staging.py, test_unpacking.py, test_outputs.py, test_image_cache.py, test_drive.py and
+test_formats.py have of this is
 not here again.
 """
 
@@ -27,14 +28,16 @@ from helpers import skip_without
 from test_drive import ext4_drive, patch, refusal
 from test_formats import DISK_FORMATS, asking, make_squashfs
 from test_sandbox import staged
-from test_staging import archive_of, member
+from test_unpacking import archive_of, member
 from virt_dib import drive, formats, layout, tools
 from virt_dib.boot import boot_test
 from virt_dib.disk_images import HEAD_BYTES, format_by
 from virt_dib.errors import ApplianceError, ElementError, ToolError, UsageError
+from virt_dib.files import remove_tree
 from virt_dib.image_cache import ImageCache
 from virt_dib.sandbox import Sandbox, Settings, open_sandbox
-from virt_dib.staging import Staging, copy_out, remove_tree
+from virt_dib.staging import Staging
+from virt_dib.unpacking import copy_out
 
 MIB = 1 << 20
 

@@ -31,10 +31,11 @@ from test_sandbox import staged
 from virt_dib import appliance as appliance_module
 from virt_dib import environment as contract
 from virt_dib import events
-from virt_dib.appliance import Disk, Settings, open_appliance
+from virt_dib.appliance import open_appliance
 from virt_dib.errors import ApplianceError, ScriptError, ToolError
 from virt_dib.interrupts import Limit, limited
 from virt_dib.jobs import Event, Splitter
+from virt_dib.machine import Disk, Settings
 from virt_dib.machine_readable import event_json
 from virt_dib.monitor import BuildMonitor, Display, summary
 from virt_dib.namespaces import Inside
@@ -264,7 +265,7 @@ class HostileAgent:
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> HostileAgent:
     hostile = HostileAgent()
-    monkeypatch.setattr(appliance_module, "_handle", lambda _settings: hostile)
+    monkeypatch.setattr(appliance_module, "new_handle", lambda _settings: hostile)
     return hostile
 
 

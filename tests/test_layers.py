@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGE = "virt_dib"
 
 # Importable from one module only, so that its rules (threads, signals, process groups) are kept in one place.
-ONLY_IMPORTERS = {"guestfs": "appliance", "subprocess": "tools"}
+ONLY_IMPORTERS = {"guestfs": "machine", "subprocess": "tools"}
 
 # A module's line, counted from the top, and its place on the line.
 Place = tuple[int, int]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from helpers import make_element, virt_dib
 from virt_dib import api, batch, environment, events, image_file, machine_readable
-from virt_dib.appliance import Disk, Settings, _handle, _without_job, binding_problem
 from virt_dib.cli import report_errors
 from virt_dib.dib import find_installation
 from virt_dib.errors import Problem, ToolError, UsageError, VirtDibError
+from virt_dib.machine import Disk, Settings, _without_job, binding_problem, new_handle
 from virt_dib.masking import MASK, Mask, is_secret
 from virt_dib.monitor import BuildMonitor
 from virt_dib.releases import NEWEST
@@ -205,7 +205,7 @@ def test_what_variables_have_libguestfs_trace_is_looked_at_too(
         network=False, accelerate=False, on_debug=told.append,
     )  # fmt: skip
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
-    handle = _handle(settings)
+    handle = new_handle(settings)
     capfd.readouterr()
     handle.get_path()
     handle.close()

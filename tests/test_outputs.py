@@ -19,9 +19,9 @@ from virt_dib import formats
 from virt_dib import outputs as outputs_module
 from virt_dib.appliance import Appliance
 from virt_dib.errors import ToolError
+from virt_dib.files import remove_tree
 from virt_dib.outputs import _refusal, open_outputs
 from virt_dib.spec import BuildSpec, DropIn
-from virt_dib.staging import remove_tree
 
 LINK, DEVICE = tarfile.SYMTYPE, tarfile.CHRTYPE
 

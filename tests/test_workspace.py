@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from virt_dib import staging, tools
+from virt_dib import tools
 from virt_dib.errors import ToolError
+from virt_dib.files import remove_tree
 from virt_dib.workspace import claimed, note_elsewhere, open_workspace, remove_leftovers
 
 
@@ -198,13 +199,12 @@ def test_nobody_else_removes_a_directory_while_its_own_build_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    remove_tree = staging.remove_tree
 
     def look(path: Path) -> None:
         found.append(remove_leftovers(tmp_path))
         remove_tree(path)
 
-    monkeypatch.setattr(staging, "remove_tree", look)
+    monkeypatch.setattr("virt_dib.workspace.remove_tree", look)
     with open_workspace(tmp_path) as directory:
         (directory / "tree").mkdir()
     assert found == [[]]

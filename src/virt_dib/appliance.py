@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The appliance: start it, run things in it, take files out, stop it. The only importer of guestfs.
+"""The appliance: start it, run things in it, take files out, stop it.
 
 All calls of libguestfs are made by one thread of their own, so that a signal reaches the main thread
 at once whatever the appliance is doing; ending qemu then makes the pending call fail.
@@ -14,8 +14,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import platform
-import re
 import secrets
 import shlex
 import signal
@@ -25,17 +23,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from virt_dib import environment as contract
 from virt_dib import supermin
-from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, no_space_on_host
+from virt_dib.errors import ApplianceError, PrerequisiteError, no_space_on_host
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
+from virt_dib.machine import (
+    SHELL_PORT,
+    Disk,
+    Settings,
+    binding_problem,
+    children,
+    has_own_runtime_dir,
+    new_handle,
+    socket_directories,
+)
 from virt_dib.terminal_link import LINK, Terminal, relay
-
-if TYPE_CHECKING:
-    import guestfs  # noqa: TID251 - the one importer
 
 _T = TypeVar("_T")
 
@@ -51,11 +56,8 @@ _STOP_TIMEOUT_S = 120.0
 _STARTING = "starting the appliance"
 BLOCK_DEVICE_DIR = "/run/virt-dib"
 """In the appliance; where DIB's dib-block-device takes commands (``guest/block-device.sh``)."""
-_SHELL_PORT = "org.virt-dib.shell"
 _SHELL_CHECK_S = (1.0, 5.0)
 """How often it is looked whether a shell's end of the link lives: at first, and later."""
-LONGEST_SOCKET_PATH_BYTES = 107
-"""unix(7)."""
 _DRIVE_SCRIPT = ("/bin/bash", "/sysroot/guest/drive.sh")
 _DRIVE_POINT = "/sysroot/drive"
 _DRIVE_TIMEOUT_S = 30.0
@@ -67,7 +69,6 @@ _DRIVE_HINTS = {
 }
 """By the statuses of ``guest/drive.sh``."""
 _OTHER_DRIVE_HINT = "give another --drive; --verbose -x shows what the appliance says"
-_JOB_WRITTEN = re.compile(r"""((?:internal_)?write "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
 _WATCH_HINT = "run it again with --verbose -x to see what it is doing"
 _HOST_RESERVE_BYTES = 64 << 20
 _KILL_INTERVAL_S = 0.2
@@ -76,68 +77,10 @@ _DEAD = (
     "its kernel has crashed, or somebody or a host without memory has killed its qemu; "
     "--verbose shows what it said last"
 )
-_UNIX_WORDS = 8
-"""Of a line of ``/proc/net/unix`` with a path in it: the last but one is the inode."""
-
-_KERNEL_OPTIONS = "mitigations=off norandmaps init_on_alloc=0"
-"""The appliance runs nothing but one build, so it needs no walls against itself. Emulated, ``norandmaps`` makes
-starting a process three to four times cheaper: qemu keeps translated code by address, and with random
-addresses it translates the same libraries again for every process."""
-_EMULATED_PROCESSOR = "max,la57=off,erms=off"
-"""As libguestfs has it, but without the feature that makes kernel and C library copy memory with 'rep movsb',
-which is fast in a processor and goes byte by byte in an emulated one."""
 
 
 class _NoAnswerError(ApplianceError):
     """The appliance stands still."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Disk:
-    """A disk image on the host and the name the guest finds it by, ``/dev/disk/guestfs/LABEL``."""
-
-    path: Path
-    label: str
-    format: str = "raw"
-
-    @property
-    def device(self) -> str:
-        """Its name in the guest."""
-        return f"/dev/disk/guestfs/{self.label}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How to start the appliance."""
-
-    disks: Sequence[Disk]
-    """The first one is the build disk, mounted at ``/sysroot``."""
-    program: Path | None = None
-    """The qemu to start, instead of the one that libguestfs takes."""
-    early_disk: Disk | None = None
-    """What is staged for a build, when the build disk is made only while the appliance starts."""
-    drive: Disk | None = None
-    """The helper drive; what the guest says is written to it is there."""
-    cache_dir: Path
-    memory_mib: int
-    cpus: int
-    network: bool
-    accelerate: bool
-    """Use KVM; otherwise every instruction is emulated."""
-    insist: bool = False
-    """With ``accelerate``: fail where KVM does not work, instead of emulating."""
-    trace: bool = False
-    """Have libguestfs tell its calls."""
-    verbose: bool = False
-    """Have libguestfs tell what it does, and the appliance what it says on its console."""
-    shell_socket: Path | None = None
-    """Where shells can be opened: the socket to make for them."""
-    on_elsewhere: Callable[[Path], None] | None = None
-    """Gets what libguestfs has made that is not beside the disks, and that stays if this process is killed."""
-    on_message: Callable[[str], None] | None = None
-    """Gets what there is to tell."""
-    on_debug: Callable[[str], None] | None = None
-    """Gets what libguestfs says with ``trace`` and ``verbose``; in a thread of its own."""
 
 
 @dataclass
@@ -171,19 +114,6 @@ class _Silence:
         self.pause_s = min(self.pause_s * 1.5, _POLL_LAST_S)
 
 
-def binding_problem() -> Problem | None:
-    """What keeps this Python from using libguestfs, or None."""
-    try:
-        import guestfs  # noqa: F401, PLC0415, TID251 - a system package, absent from most virtual environments
-    except ImportError as error:
-        return Problem(
-            f"this Python cannot import the libguestfs binding: {error}",
-            "install it (apt-get install python3-guestfs) and run virt-dib with the system's Python "
-            "or in a virtual environment made by '/usr/bin/python3 -m venv --system-site-packages'",
-        )
-    return None
-
-
 class Appliance:
     """A running appliance. Made by :func:`open_appliance`."""
 
@@ -193,7 +123,7 @@ class Appliance:
         self._thread = self._caller.submit(threading.get_native_id).result()
         # In the thread that will use it: libguestfs keeps a handler of errors for each thread, the
         # binding silences that of the creating one, and any other would print to standard error.
-        self._handle = self._caller.submit(_handle, settings).result()
+        self._handle = self._caller.submit(new_handle, settings).result()
         self._starting = self._caller.submit(self._start)
         self._jobs = 0
         self._pid: int | None = None
@@ -248,7 +178,7 @@ class Appliance:
         with shielded():
             self._close_handle()
             self._pid, self._drive_is_open = None, False
-            self._handle = self._caller.submit(_handle, self._settings).result()
+            self._handle = self._caller.submit(new_handle, self._settings).result()
             self._starting = self._caller.submit(self._start)
 
     def _start(self) -> None:
@@ -259,8 +189,8 @@ class Appliance:
         # It is the first to be killed, and what it leaves then goes with the disks.
         self._handle.set_path(str(supermin.build(directory, settings.disks[0].path.parent, on_debug)))
         self._handle.launch()
-        if settings.on_elsewhere is not None and not _own_runtime_dir(settings):
-            for directory in _socket_directories():
+        if settings.on_elsewhere is not None and not has_own_runtime_dir(settings):
+            for directory in socket_directories():
                 settings.on_elsewhere(directory)
         self._mount(self._settings.early_disk or self._settings.disks[0])
         serve = f"/sysroot/guest/block-device.py --serve {BLOCK_DEVICE_DIR} /sysroot/site"
@@ -377,7 +307,7 @@ class Appliance:
                 stream.connect(str(self._settings.shell_socket))
             except OSError as error:
                 raise ApplianceError(f"opening a shell in the appliance: {error.strerror}", hint=_WATCH_HINT) from error
-            text = job_text([*LINK, _SHELL_PORT, *command], variables, cwd, functions=functions)
+            text = job_text([*LINK, SHELL_PORT, *command], variables, cwd, functions=functions)
             job, pid = self._start_job(text, token)
             status = relay(stream, terminal, self._watch(pid))
         ended = self._follow(job, pid, token, tail.add, None, deadline=None)
@@ -573,7 +503,7 @@ class Appliance:
         """End the virtual machine now. Before its id is known, everything libguestfs has started."""
         if not self._running:
             return
-        pids = {self._pid} if self._pid is not None else _children(self._thread)
+        pids = {self._pid} if self._pid is not None else children(self._thread)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -599,88 +529,6 @@ def open_appliance(settings: Settings) -> Iterator[Appliance]:
         appliance.close()
 
 
-def _handle(settings: Settings) -> guestfs.GuestFS:
-    import guestfs  # noqa: PLC0415, TID251 - see binding_problem
-
-    handle = guestfs.GuestFS(python_return_dict=True, close_on_exit=False)
-    handle.set_cachedir(str(supermin.prepare(settings.cache_dir, handle.get_path().split(":"))))
-    # What it leaves when this process is killed goes with the disks.
-    if _own_runtime_dir(settings):
-        handle.parse_environment_list([f"XDG_RUNTIME_DIR={settings.disks[0].path.parent}"])
-    handle.set_tmpdir(str(settings.disks[0].path.parent))
-    # A process group of its own: Ctrl-C on the terminal is for virt-dib to deal with.
-    handle.set_pgroup(True)
-    if "LIBGUESTFS_BACKEND" not in os.environ:
-        handle.set_backend("direct")
-    if settings.accelerate and settings.insist:
-        handle.set_backend_settings([*handle.get_backend_settings(), "force_kvm"])
-    if not settings.accelerate:
-        # Settings of the user's stay; one that forces KVM has made the caller ask for it.
-        own = [setting for setting in handle.get_backend_settings() if not setting.startswith("force_")]
-        handle.set_backend_settings([*own, "force_tcg"])
-        if handle.get_backend() == "direct" and platform.machine() == "x86_64":
-            handle.config("-cpu", _EMULATED_PROCESSOR)
-    if settings.program is not None:
-        handle.set_hv(str(settings.program))
-    handle.set_memsize(settings.memory_mib)
-    handle.set_smp(settings.cpus)
-    handle.set_network(settings.network)
-    handle.set_append(" ".join(filter(None, [_KERNEL_OPTIONS, handle.get_append()])))
-    if settings.shell_socket is not None:
-        path = str(settings.shell_socket).replace(",", ",,")
-        handle.config("-chardev", f"socket,id=shell,path={path},server=on,wait=off")
-        handle.config("-device", f"virtserialport,chardev=shell,name={_SHELL_PORT}")
-    _report(handle, settings)
-    for disk in [*settings.disks, *([settings.early_disk] if settings.early_disk else [])]:
-        handle.add_drive_opts(str(disk.path), format="raw", label=disk.label, cachemode="unsafe", discard="besteffort")
-    if settings.drive is not None:
-        drive = settings.drive
-        # It outlives the build: what the guest has been told is on the disk must be there.
-        handle.add_drive_opts(str(drive.path), format=drive.format, label=drive.label, cachemode="writeback")
-    return handle
-
-
-def _report(handle: guestfs.GuestFS, settings: Settings) -> None:
-    """Have libguestfs tell what it does, where somebody wants to know."""
-    import guestfs  # noqa: PLC0415, TID251 - see binding_problem
-
-    report = settings.on_debug
-    # LIBGUESTFS_TRACE and LIBGUESTFS_DEBUG ask for them, too; what comes then is not to go past those who look at it.
-    trace, verbose = settings.trace or handle.get_trace(), settings.verbose or handle.get_verbose()
-    if report is None or not (trace or verbose):
-        return
-    # As libguestfs begins its lines on standard error.
-    prefixes = {guestfs.EVENT_TRACE: "libguestfs: trace: ", guestfs.EVENT_LIBRARY: "libguestfs: "}
-    handle.set_trace(trace)
-    handle.set_verbose(verbose)
-    handle.set_event_callback(
-        lambda event, _handle, text, _array: report(prefixes.get(event, "") + _without_job(text.rstrip("\n"))),
-        guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
-    )
-
-
-def _own_runtime_dir(settings: Settings) -> bool:
-    """Whether libguestfs can have its sockets beside the disks: for root they are in ``/tmp``, whatever it is told."""
-    longest = settings.disks[0].path.parent / "libguestfsXXXXXX" / "guestfsd.sock"
-    return os.geteuid() != 0 and len(os.fsencode(longest)) <= LONGEST_SOCKET_PATH_BYTES
-
-
-def _socket_directories() -> set[Path]:
-    """Where libguestfs has the sockets that this process has open."""
-    ours = set()
-    for entry in os.scandir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            ours.add(os.readlink(entry.path).removeprefix("socket:[").removesuffix("]"))
-    lines = (line.split(maxsplit=7) for line in Path("/proc/self/net/unix").read_text(errors="replace").splitlines())
-    paths = (Path(words[7]) for words in lines if len(words) == _UNIX_WORDS and words[6] in ours)
-    return {path.parent for path in paths if path.parent.name.startswith("libguestfs")}
-
-
-def _without_job(text: str) -> str:
-    """A call as libguestfs tells it, without what is in the file of a job: all variables of the scripts."""
-    return _JOB_WRITTEN.sub(r'\1 "..."', text)
-
-
 def _alive_command(pid: str) -> str:
     return f"if kill -0 {shlex.quote(pid)} 2>/dev/null; then echo alive; fi"
 
@@ -695,14 +543,6 @@ def _wait(
         meanwhile()
         if timeout_s is not None and time.monotonic() > begun_s + timeout_s:
             raise _NoAnswerError(f"{doing}: no answer in {timeout_s:.0f} s", hint=_WATCH_HINT)
-
-
-def _children(thread: int) -> set[int]:
-    """The processes that *thread* of this process has started and not yet waited for."""
-    try:
-        return {int(word) for word in Path(f"/proc/self/task/{thread}/children").read_text().split()}
-    except OSError:
-        return set()
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from virt_dib import (
     tools,
 )
 from virt_dib import environment as contract
-from virt_dib.appliance import Appliance, Disk, Settings, open_appliance
+from virt_dib.appliance import Appliance, open_appliance
 from virt_dib.break_points import NO_BREAKS, Breaks, after, before
 from virt_dib.disk_stage import DiskStage, Lengths
 from virt_dib.errors import (
@@ -41,10 +41,12 @@ from virt_dib.errors import (
     reason_of,
 )
 from virt_dib.events import Listener, ignore
+from virt_dib.files import remove_tree
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
 from virt_dib.jobs import Runner
 from virt_dib.kvm import Acceleration, Verdict
+from virt_dib.machine import Disk, Settings
 from virt_dib.masking import Mask
 from virt_dib.monitor import BuildMonitor
 from virt_dib.outputs import Outputs, open_outputs
@@ -53,7 +55,6 @@ from virt_dib.plan import BuildPlan, make_plan
 from virt_dib.report import Artifact, BuildReport, PhaseResult
 from virt_dib.sandbox import open_sandbox
 from virt_dib.spec import BuildSpec, Isolation, Kvm, Phase, check_member
-from virt_dib.staging import remove_tree
 from virt_dib.tree_stage import make_tree
 from virt_dib.workspace import note_elsewhere, open_workspace
 

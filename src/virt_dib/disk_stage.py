@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from virt_dib import environment as contract
 from virt_dib import layout
-from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance, Disk
+from virt_dib.appliance import BLOCK_DEVICE_DIR, Appliance
 from virt_dib.errors import ApplianceError
 from virt_dib.jobs import JobResult
+from virt_dib.machine import Disk
 from virt_dib.old_disk import PARTITION, OldDisk
 from virt_dib.phases import GUEST_SCRIPTS, Phases, guest_script, named_files
 from virt_dib.plan import BuildPlan

@@ -14,6 +14,7 @@ from pathlib import Path
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path, or of the target of a link, where no file can be."""
+HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHUNK_BYTES = 1 << 26
 _STALE_S = 3600.0
 
@@ -35,6 +36,29 @@ def remove_stale(directory: Path, pattern: str) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove the directory *path* as far as possible, directories that may not be written too.
+
+    Links are removed, not followed; what cannot be removed stays, and there may be nothing at all.
+    """
+    if os.path.islink(path) or not os.path.isdir(path):
+        return
+    directories = [path]
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            directory.chmod(stat.S_IRWXU)
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(Path(entry.path))
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+    for directory in reversed(directories):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:

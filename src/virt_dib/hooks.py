@@ -18,7 +18,7 @@ from pathlib import Path
 
 from virt_dib.elements import Element, is_below
 from virt_dib.errors import ElementError, Problem, ToolError
-from virt_dib.files import NOT_THERE, copy_regular
+from virt_dib.files import HOST_IS_FULL, NOT_THERE, copy_regular
 from virt_dib.spec import Phase
 
 _SCRIPT_NAME = re.compile(r"[0-9A-Za-z_-]+")
@@ -26,7 +26,6 @@ _ENVIRONMENT_NAME = re.compile(r"[0-9A-Za-z_.-]+")
 _NUMBER = re.compile(r"-?[0-9]+")
 _NOT_HOOKS = ("tests", "__pycache__")
 _PHASE_DIRECTORIES = frozenset(phase.directory for phase in Phase)
-_HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,7 +271,7 @@ class _Merge:
         self.problems.append(Problem(message, "remove it from the element"))
 
     def _cannot_copy(self, source: Path, error: OSError) -> None:
-        if error.errno in _HOST_IS_FULL:
+        if error.errno in HOST_IS_FULL:
             raise error
         reason = error.strerror or str(error)
         denied = error.errno in (errno.EACCES, errno.EPERM)

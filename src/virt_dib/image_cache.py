@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, final
 
-from virt_dib import staging
+from virt_dib import staging, unpacking
 from virt_dib.errors import ApplianceError, ToolError, UsageError, reason_of
-from virt_dib.files import copy_content
+from virt_dib.files import copy_content, remove_tree
 from virt_dib.interrupts import shielded
 
 LIMIT_BYTES = 64 * 1024**3
@@ -96,7 +96,7 @@ class ImageCache:
             gathered, aside = directory / "gathered", directory / _ASIDE
             gathered.mkdir()
             aside.mkdir()
-            copied = staging.copy_out(self.archive, gathered, limit_bytes=LIMIT_BYTES, as_cache=True)
+            copied = unpacking.copy_out(self.archive, gathered, limit_bytes=LIMIT_BYTES, as_cache=True)
             with contextlib.suppress(OSError):
                 self.archive.unlink()
             if sorted(os.listdir(gathered)) != ["new", "unchanged"] or not (gathered / "new").is_dir():
@@ -138,7 +138,7 @@ class ImageCache:
                         return False
                     _clone(reader, copy)
                 self.size_bytes += copy.stat().st_size
-            elif stat.S_ISLNK(mode) and staging.stays_inside(path, link := source.readlink(path)):
+            elif stat.S_ISLNK(mode) and unpacking.stays_inside(path, link := source.readlink(path)):
                 copy.symlink_to(link)
             else:
                 return False
@@ -352,7 +352,7 @@ def _own_directory(cache: Path) -> Iterator[Path]:
                 directory = Path(tempfile.mkdtemp(prefix=_OWN, dir=cache))
                 stack.enter_context(_locked(directory, fcntl.LOCK_EX))
                 # It keeps its lock until it is gone.
-                stack.callback(staging.remove_tree, directory)
+                stack.callback(remove_tree, directory)
         yield directory
 
 
@@ -370,7 +370,7 @@ def _sweep(cache: Path) -> None:
                 _give_back(cache, name)
                 # By the descriptor: in a cache that others can write to, the name may be something else's by now.
                 for inside in os.listdir(descriptor):
-                    staging.remove_tree(Path(f"/proc/self/fd/{descriptor}/{inside}"))
+                    remove_tree(Path(f"/proc/self/fd/{descriptor}/{inside}"))
                     with contextlib.suppress(OSError):  # it has been a directory
                         os.unlink(inside, dir_fd=descriptor)
                 left.rmdir()

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from virt_dib import archives, formats, staging
+from virt_dib import archives, formats, unpacking
 from virt_dib import environment as contract
 from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
 from virt_dib.errors import Problem, ToolError
-from virt_dib.files import copy_content
+from virt_dib.files import copy_content, remove_tree
 from virt_dib.interrupts import shielded
 from virt_dib.report import Artifact
 from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
-from virt_dib.staging import CopiedOut
+from virt_dib.unpacking import CopiedOut
 from virt_dib.workspace import note_elsewhere
 
 _DIRECTORY = "directory"
@@ -111,13 +111,13 @@ class Outputs:
         if copied.files > 0:
             self.left = tuple(sorted(entry.name for entry in partial.iterdir()))
         else:
-            staging.remove_tree(partial)
+            remove_tree(partial)
             self._pending.pop()
 
     def _copy_out(self, appliance: Appliance, inside: str, target: Path) -> CopiedOut:
         archive = self._workspace / "out.tar"
         appliance.archive(inside, archive, limit_bytes=_OUT_LIMIT_BYTES)
-        copied = staging.copy_out(archive, target, limit_bytes=_OUT_LIMIT_BYTES)
+        copied = unpacking.copy_out(archive, target, limit_bytes=_OUT_LIMIT_BYTES)
         archive.unlink()
         for name in copied.left_out:
             self.warning(f"neither file nor directory, not taken over from the guest: {name}")
@@ -205,7 +205,7 @@ class Outputs:
                 published.append(artifact)
             self._pending.clear()
             for aside in [*replaced, *self._scratch]:
-                staging.remove_tree(aside)
+                remove_tree(aside)
         return tuple(published)
 
     def _make_way(self, output: _Pending) -> list[Path]:
@@ -252,11 +252,11 @@ class Outputs:
         with shielded():
             for output in self._pending:
                 if output.partial.is_dir():
-                    staging.remove_tree(output.partial)
+                    remove_tree(output.partial)
                 else:
                     output.partial.unlink(missing_ok=True)
             for scratch in self._scratch:
-                staging.remove_tree(scratch)
+                remove_tree(scratch)
 
     def keep(self, disk: Path, kind: str) -> Path:
         """Put the *disk* of a build that has failed beside the outputs; returns its name there.

@@ -34,6 +34,7 @@ from virt_dib.dib import DibInstallation
 from virt_dib.drive import Drive
 from virt_dib.elements import Element
 from virt_dib.errors import ElementError, PrerequisiteError, Problem, UsageError, VirtDibError
+from virt_dib.files import HOST_IS_FULL
 from virt_dib.formats import Format, TreeFormat
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
@@ -50,7 +51,7 @@ from virt_dib.spec import (
     check_spec,
     check_texts,
 )
-from virt_dib.staging import HOST_IS_FULL, Staging, no_room, wanted_host_files
+from virt_dib.staging import Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
 

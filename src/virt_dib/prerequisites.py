@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import appliance, archives, boot, dib, kvm, sandbox, supermin, tools
+from virt_dib import archives, boot, dib, kvm, machine, sandbox, supermin, tools
 from virt_dib.errors import Problem, VirtDibError
 from virt_dib.files import temp_dir
 from virt_dib.formats import Format, wants_engine
@@ -306,7 +306,7 @@ def _tool(tool: _Tool, distribution: Distribution, *, required: bool, user: str 
 
 def _binding(distribution: Distribution) -> Check:
     name = "libguestfs binding"
-    problem = appliance.binding_problem()
+    problem = machine.binding_problem()
     if problem is None:
         return Check(name=name, ok=True, detail=f"importable by {sys.executable}")
     hint = distribution.install("python3-guestfs", "python3-libguestfs")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from virt_dib import environment as contract
-from virt_dib import staging, tools
+from virt_dib import staging, tools, unpacking
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError, no_space_on_host
 from virt_dib.interrupts import shielded
 from virt_dib.jobs import JobResult, Tail, job_text
@@ -285,11 +285,11 @@ class Sandbox:
                 what is to be taken over.
         """
         words = [f"{'fill' if part.fillable else 'copy'}:{part.mount_point}" for part in parts]
-        arguments = [contract.BUILT, str(staging.MOST_MEMBERS), *words]
+        arguments = [contract.BUILT, str(unpacking.MOST_MEMBERS), *words]
         result = self._script("sandbox-split.sh", arguments)
         if result.exit_status == _TOO_MANY_STATUS:
             raise ApplianceError(
-                f"the guest left more than {staging.MOST_MEMBERS} files beside the image",
+                f"the guest left more than {unpacking.MOST_MEMBERS} files beside the image",
                 hint="an element left it there",
             )
         result.check("making the build disk")

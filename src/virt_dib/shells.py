@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 from virt_dib import environment as contract
-from virt_dib.appliance import LONGEST_SOCKET_PATH_BYTES
 from virt_dib.break_points import AFTER_ERROR, Breaks, after, before, problems
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError
 from virt_dib.interrupts import unlimited
 from virt_dib.jobs import Runner
+from virt_dib.machine import LONGEST_SOCKET_PATH_BYTES
 from virt_dib.monitor import BuildMonitor
 from virt_dib.spec import Phase, Where
 from virt_dib.terminal_link import Terminal, terminal_name

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from virt_dib import namespaces, staging, tools
+from virt_dib import namespaces, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError
-from virt_dib.files import temp_dir
+from virt_dib.files import remove_tree, temp_dir
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
@@ -153,7 +153,7 @@ def _content(directory: Path) -> list[str]:
 
 def _remove_any(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        staging.remove_tree(path)
+        remove_tree(path)
     else:
         with contextlib.suppress(OSError):
             path.unlink()
