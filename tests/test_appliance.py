@@ -2,14 +2,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from conftest import MakeAppliance
 from helpers import make_element, processes_of, virt_dib
@@ -17,7 +14,6 @@ from virt_dib import appliance as appliance_module
 from virt_dib import staging, supermin, tools
 from virt_dib.appliance import Appliance, open_appliance
 from virt_dib.errors import ApplianceError
-from virt_dib.jobs import Event, Splitter
 from virt_dib.machine import Disk, Settings
 from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
@@ -25,34 +21,6 @@ from virt_dib.terminal_link import LINK, Terminal
 
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 TOKEN = b"0123456789abcdef"
-
-
-def split(pieces: list[bytes]) -> tuple[bytes, list[Event]]:
-    splitter = Splitter(TOKEN)
-    output, events = b"", []
-    for piece in pieces:
-        for part in splitter.feed(piece):
-            if isinstance(part, bytes):
-                output += part
-            else:
-                events.append(part)
-    return output, events
-
-
-@given(st.lists(st.binary(max_size=20)), st.data())
-def test_events_and_output_come_apart_whatever_the_chunks(texts: list[bytes], data: st.DataObject) -> None:
-    record = b"\x1e" + TOKEN + b" end some-script 3 1.5\x1e"
-    stream = record.join(texts) + record + b"rest"
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
-    pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    output, events = split(pieces)
-    assert output == b"".join(texts) + b"rest"
-    assert events == [Event("end", ("some-script", "3", "1.5"))] * max(1, len(texts))
-
-
-def test_a_record_with_another_token_is_output() -> None:
-    forged = b"\x1e" + b"x" * len(TOKEN) + b" exit 0\x1e"
-    assert split([forged, b"."]) == (forged + b".", [])
 
 
 class Copying:
@@ -107,29 +75,6 @@ def bash(appliance: Appliance, text: str) -> tuple[int, str]:
 
 
 @pytest.mark.appliance
-def test_a_command_sees_exactly_the_variables_given(appliance: Appliance) -> None:
-    value = "a b 'c' \"d\" $e `f`\nsecond line \u00e4"
-    received = bytearray()
-    result = appliance.run(["/usr/bin/env", "-0"], PATH | {"ODD": value}, "/dib/out", on_output=received.extend)
-    seen = dict(item.split("=", 1) for item in received.decode().split("\0") if item)
-    assert result.exit_status == 0
-    assert seen.pop("ODD") == value
-    assert seen.pop("PWD") == "/dib/out"
-    assert set(seen) <= {"PATH", "SHLVL", "OLDPWD", "_"}
-
-
-@pytest.mark.appliance
-@pytest.mark.parametrize("status", [0, 1, 3, 127, 255])
-def test_exit_status_comes_back(appliance: Appliance, status: int) -> None:
-    assert bash(appliance, f"exit {status}")[0] == status
-
-
-@pytest.mark.appliance
-def test_a_signal_shows_as_the_shell_counts_it(appliance: Appliance) -> None:
-    assert bash(appliance, "kill -KILL $$")[0] == 128 + 9
-
-
-@pytest.mark.appliance
 def test_output_streams_while_the_command_runs(appliance: Appliance) -> None:
     """The command ends only when the host has seen its first line and says so."""
     received = bytearray()
@@ -142,65 +87,6 @@ def test_output_streams_while_the_command_runs(appliance: Appliance) -> None:
     command = "echo first; until [[ -e /dib/tmp/seen ]]; do sleep 0.1; done; echo last"
     result = appliance.run(["/bin/bash", "-c", command], PATH, "/", on_output=answer)
     assert (result.exit_status, bytes(received)) == (0, b"first\nlast\n")
-
-
-@pytest.mark.appliance
-def test_writing_to_dev_stderr_loses_nothing(appliance: Appliance) -> None:
-    assert bash(appliance, "echo one; echo two >/dev/stderr; echo three")[1] == "one\ntwo\nthree\n"
-
-
-@pytest.mark.appliance
-def test_200_mb_of_binary_output_pass_without_growth(appliance: Appliance) -> None:
-    received = 0
-
-    def count(data: bytes) -> None:
-        nonlocal received
-        received += len(data)
-
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = appliance.run(["/bin/bash", "-c", "head -c 200000000 /dev/urandom"], PATH, "/", on_output=count)
-    assert (result.exit_status, received) == (0, 200_000_000)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 50 * 1024
-
-
-@pytest.mark.appliance
-def test_a_process_left_behind_does_not_hold_up_the_build(appliance: Appliance) -> None:
-    status, output = bash(appliance, "(trap '' TERM HUP; sleep 300) & echo left it")
-    assert (status, output) == (0, "left it\n")
-
-
-@pytest.mark.appliance
-def test_no_network_means_none(appliance: Appliance) -> None:
-    status, output = bash(appliance, "ls /sys/class/net; cat /etc/resolv.conf 2>/dev/null || echo no resolver")
-    assert status == 0
-    assert output.split() == ["lo", "no", "resolver"]
-
-
-@pytest.mark.appliance
-def test_sudo_follows_its_rules_for_the_environment(appliance: Appliance) -> None:
-    text = """
-        export KEPT=1 PS4=x; f() { :; }; export -f f
-        sudo sh -c 'echo plain ${KEPT-gone} $HOME'
-        sudo -E sh -c 'echo kept ${KEPT-gone} ${PS4}end'; sudo -E env | grep -c BASH_FUNC
-        sudo A=1 sh -c 'echo assigned $A'; sudo -- echo dashes; sudo -n -H -u root id -u
-        sudo -Hiu root id -un; sudo -u nobody id -u
-        sudo --unknown true; echo $?; sudo false; echo $?
-    """
-    assert bash(appliance, text)[1].splitlines() == [
-        "plain gone /root", "kept 1 + end", "0", "assigned 1", "dashes", "0", "root", "65534",
-        "sudo: unknown option '--unknown'", "1", "1",
-    ]  # fmt: skip
-
-
-@pytest.mark.appliance
-def test_tools_that_elements_call_are_there(appliance: Appliance) -> None:
-    programs = (
-        "awk bash cat chroot curl debootstrap dmsetup dosfslabel env findmnt flock git gpgv jq kpartx losetup lsattr "
-        "lvcreate mkfs.ext4 mkfs.vfat mkfs.xfs mmdebstrap mount numfmt perl python3 qemu-img rsync sed sgdisk "
-        "sha256sum sudo tar truncate udevadm unsquashfs wget which xz zstd"
-    )
-    status, output = bash(appliance, f"for p in {programs}; do type -P $p >/dev/null || echo $p; done")
-    assert (status, output) == (0, "")
 
 
 @pytest.mark.appliance
@@ -314,16 +200,6 @@ def test_nothing_is_left_of_a_supermin_that_is_killed(tmp_path: Path, monkeypatc
 
 
 # ---- what fails in it ----
-
-
-@pytest.mark.appliance
-def test_files_that_cannot_be_read_or_written_are_errors(appliance: Appliance) -> None:
-    with pytest.raises(ApplianceError, match=r"^reading '/dib/none' in the appliance: .*No such file") as caught:
-        appliance.read("/dib/none")
-    assert caught.value.problems[0].hint
-    with pytest.raises(ApplianceError, match=r"^writing '/dib/none/x' in the appliance: .*No such file"):
-        appliance.write("/dib/none/x", b"")
-    assert bash(appliance, "echo it lives") == (0, "it lives\n")
 
 
 @pytest.mark.appliance

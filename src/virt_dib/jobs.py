@@ -58,7 +58,7 @@ class JobResult:
 
 
 class Runner(Protocol):
-    """Where scripts can be run. Paths are those below ``/dib``."""
+    """Where scripts can be run, one job at a time. Paths are those below ``/dib``."""
 
     @property
     def killed_hint(self) -> str:

@@ -5,8 +5,9 @@
 # to JOB.output, then an event with its status. Prints the process that the job runs in.
 #
 # The job gets a pipe, not the file: '> /dev/stderr' in a script opens whatever is behind its file
-# descriptor again, and would empty a file. A process that outlives its job may hold the pipe; then
-# its reader lives on, until the next job starts.
+# descriptor again, and would empty a file. It has a name, for bash leaves one more descriptor of a process
+# substitution to all in it. A process that outlives its job may hold the pipe; then its reader lives on,
+# until the next job starts.
 
 job=/sysroot$1
 token=$2
@@ -17,15 +18,15 @@ if [[ -e /sysroot/jobs/reader ]]; then
     if [[ $(cat "/proc/$reader/comm" 2>/dev/null) == cat ]]; then
         kill "$reader" 2>/dev/null
     fi
-    rm -f /sysroot/jobs/*.output
+    rm -f /sysroot/jobs/*.{output,pipe}
 fi
 : >"$job.output"
+mkfifo "$job.pipe"
 
+cat <"$job.pipe" >>"$job.output" 2>/dev/null &
+echo "$!" >/sysroot/jobs/reader
 {
     env -i /bin/bash "$job.sh"
     printf '\036%s exit %d\036' "$token" "$?"
-} </dev/null > >(
-    echo "$BASHPID" >/sysroot/jobs/reader
-    exec cat >>"$job.output" 2>/dev/null
-) 2>&1 &
+} </dev/null >"$job.pipe" 2>&1 &
 echo "$!"
