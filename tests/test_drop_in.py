@@ -23,6 +23,7 @@ import pytest
 
 import ext4
 from comparisons import Comparison, Table
+from conftest import MEASURING
 from helpers import BUILD_TIMEOUT_S, TESTS, make_element, make_probe, make_tiny_os, skip_without
 from test_contract import CERTIFICATE_VARIABLES, OF_BASH
 from virt_dib import tools
@@ -357,13 +358,13 @@ def members(archive: Path) -> dict[str, object]:
 
 
 def environments(outcome: Outcome) -> dict[str, dict[str, str]]:
-    """What the probe saw in each phase, the working directory as a word."""
+    """What the probe saw in each phase, the working directory as a word, without what is there for the measurement."""
     found = {}
     for phase in Phase:
         path = outcome.directory / "probe" / f"{phase.directory}.environment"
         text = os.fsdecode(path.read_bytes()).replace(str(outcome.directory), "@HERE@")
         items = [item.split("=", 1) for item in text.split("\0") if item]
-        found[phase.directory] = dict(items)
+        found[phase.directory] = {name: value for name, value in items if name not in MEASURING}
     return found
 
 
