@@ -133,19 +133,28 @@ def is_our_qemu(pid: str) -> bool:
     return "qemu" in name and int(rest.split()[1]) == os.getpid()
 
 
-STANDS_STILL_ONCE = """#!/bin/sh
+FAILS_ONCE = """#!/bin/sh
 case " $* " in
-    *" -kernel "*) [ -e "$0.tried" ] || { : >"$0.tried"; exec sleep 600; } ;;
+    *" -kernel "*) [ -e "$0.tried" ] || {{ : >"$0.tried"; {failure}; }} ;;
 esac
 exec qemu-system-$(uname -m) "$@"
 """
 
 
 @pytest.mark.appliance
-def test_an_appliance_that_stands_still_is_started_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(appliance_module, "_START_TIMEOUTS_S", (3.0, 600.0))
+@pytest.mark.parametrize(
+    ("failure", "limit_s", "said"),
+    [
+        pytest.param("exec sleep 600", 3.0, "no answer in 3 s", id="stands still"),
+        pytest.param("kill -SEGV $$", 180.0, "guestfs_launch failed", id="crashes"),
+    ],
+)
+def test_an_appliance_that_does_not_come_up_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, limit_s: float, said: str
+) -> None:
+    monkeypatch.setattr(appliance_module, "_START_TIMEOUTS_S", (limit_s, 600.0))
     program = tmp_path / "qemu"
-    program.write_text(STANDS_STILL_ONCE)
+    program.write_text(FAILS_ONCE.format(failure=failure))
     program.chmod(0o755)
     content = staging.Staging(tmp_path / "staging")
     content.add_guest_scripts()
@@ -165,7 +174,7 @@ def test_an_appliance_that_stands_still_is_started_once_more(tmp_path: Path, mon
         appliance.prepare()
         assert bash(appliance, "echo here") == (0, "here\n")
     assert (tmp_path / "qemu.tried").exists()
-    assert told == ["starting the appliance: no answer in 3 s; starting it once more"]
+    assert told == [f"starting the appliance: {said}; starting it once more"]
 
 
 @pytest.mark.appliance

@@ -50,7 +50,8 @@ _POLL_LAST_S = 0.5
 _ALIVE_CHECK_S = 30.0
 _LAST_WORDS_S = 10.0
 _START_TIMEOUTS_S = (180.0, 600.0)
-"""An emulated machine has been seen to stand still while it starts, once in some hundred times: it gets two tries."""
+"""An emulated machine has been seen to stand still while it starts, once in some hundred times, and a qemu to crash
+then, once in some thousand times: it gets two tries."""
 _REPLY_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 120.0
 _STARTING = "starting the appliance"
@@ -79,7 +80,11 @@ _DEAD = (
 )
 
 
-class _NoAnswerError(ApplianceError):
+class _NotUpError(ApplianceError):
+    """The appliance does not come up; the next one may."""
+
+
+class _NoAnswerError(_NotUpError):
     """The appliance stands still."""
 
 
@@ -125,6 +130,7 @@ class Appliance:
         # binding silences that of the creating one, and any other would print to standard error.
         self._handle = self._caller.submit(new_handle, settings).result()
         self._starting = self._caller.submit(self._start)
+        self._tries = 1
         self._jobs = 0
         self._pid: int | None = None
         self._running = True
@@ -140,14 +146,11 @@ class Appliance:
         Raises:
             ApplianceError: it does not come up.
         """
-        first_s, last_s = _START_TIMEOUTS_S
         try:
-            self._prepare(first_s)
-        except _NoAnswerError as error:
-            if self._settings.on_message is not None:
-                self._settings.on_message(f"{error}; starting it once more")
-            self._start_again()
-            self._prepare(last_s)
+            self._prepare(_START_TIMEOUTS_S[self._tries - 1])
+        except _NotUpError as error:
+            self._start_again(error)
+            self.prepare()
 
     def _prepare(self, timeout_s: float) -> None:
         self._result(self._starting, _STARTING, timeout_s, None)
@@ -173,8 +176,17 @@ class Appliance:
                 hint=_DRIVE_HINTS.get(result.exit_status, _OTHER_DRIVE_HINT),
             )
 
-    def _start_again(self) -> None:
-        """Have a new virtual machine in place of one that has been killed."""
+    def _start_again(self, error: _NotUpError) -> None:
+        """Have a new virtual machine in place of one that did not come up.
+
+        Raises:
+            ApplianceError: *error*, when there have been enough.
+        """
+        if self._tries == len(_START_TIMEOUTS_S):
+            raise error
+        self._tries += 1
+        if self._settings.on_message is not None:
+            self._settings.on_message(f"{error}; starting it once more")
         with shielded():
             self._close_handle()
             self._pid, self._drive_is_open = None, False
@@ -213,7 +225,10 @@ class Appliance:
             ApplianceError: it has failed to start.
         """
         if self._starting.done():
-            self._result(self._starting, _STARTING, 0, None)
+            try:
+                self._result(self._starting, _STARTING, 0, None)
+            except _NotUpError as error:
+                self._start_again(error)
 
     def stop(self) -> None:
         """Write everything to the disks and end the virtual machine.
@@ -488,7 +503,8 @@ class Appliance:
         except RuntimeError as error:
             if self._is_dead():
                 raise ApplianceError(f"{doing}: the appliance has ended: {_first_line(error)}", hint=_DEAD) from error
-            raise ApplianceError(f"{doing}: {_first_line(error)}", hint=supermin.hint_for(str(error))) from error
+            kind = _NotUpError if future is self._starting else ApplianceError
+            raise kind(f"{doing}: {_first_line(error)}", hint=supermin.hint_for(str(error))) from error
         except BaseException as error:
             # With a drive close() does it, once nothing is left to be written there; if the machine still answers.
             if isinstance(error, _NoAnswerError) or not self._drive_is_open:
