@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading files that may be anything: no wait that never ends, no more than was asked for, no descriptor left."""
+"""Files that may be anything: read without a wait that never ends, removed without harm to others."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from virt_dib.files import copy_regular, read_any, read_regular
+from virt_dib import tools
+from virt_dib.files import copy_regular, read_any, read_regular, remove_tree
 
 
 def test_a_fifo_that_nobody_writes_to(tmp_path: Path) -> None:
@@ -113,3 +115,54 @@ def test_what_cannot_be_copied(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         copy_regular(tmp_path / "there", tmp_path / "there")
     assert (tmp_path / "there").read_text() == "as it was"
+
+
+# ---- removing ----
+
+EXCHANGE = """
+import ctypes, os, sys
+RENAME_EXCHANGE, AT_FDCWD = 2, -100
+libc = ctypes.CDLL(None)
+one, other = (os.fsencode(name) for name in sys.argv[1:])
+print("begins", flush=True)
+while True:
+    libc.renameat2(AT_FDCWD, one, AT_FDCWD, other, RENAME_EXCHANGE)
+"""
+
+
+def test_a_link_that_comes_to_the_place_of_a_directory_is_not_followed(tmp_path: Path) -> None:
+    for number in range(40):
+        kept, tree = tmp_path / f"kept{number}", tmp_path / f"tree{number}"
+        kept.mkdir(mode=0o755)
+        (tree / "sub").mkdir(parents=True)
+        (tree / "link").symlink_to(kept)
+        for place in (kept, tree / "sub"):
+            for name in range(20):
+                (place / f"file{name}").touch()
+        with tools.started([sys.executable, "-c", EXCHANGE, tree / "sub", tree / "link"]) as process:
+            assert process.stdout
+            process.stdout.readline()
+            remove_tree(tree)
+        assert len(os.listdir(kept)) == 20
+        assert kept.stat().st_mode & 0o777 == 0o755
+
+
+def test_directories_deeper_than_there_are_descriptors(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    remove_tree(tmp_path / "d")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root needs no rights")
+def test_directories_that_their_owner_may_not_even_read(tmp_path: Path) -> None:
+    (tmp_path / "tree/sub/below").mkdir(parents=True)
+    (tmp_path / "tree/sub").chmod(0)
+    (tmp_path / "tree").chmod(0)
+    remove_tree(tmp_path / "tree")
+    assert os.listdir(tmp_path) == []

@@ -141,6 +141,17 @@ def test_what_is_written_is_what_the_disk_holds(disk: Path, compress: bool) -> N
     assert (written["qcow2"].stat().st_size < disk.stat().st_size // 2) == compress
 
 
+@pytest.mark.parametrize("output", formats.select(DISK_FORMATS), ids=lambda output: output.name)
+def test_a_colon_in_a_name_is_no_protocol(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: formats.DiskFormat
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    target = Path(f"debian:13.{output.name}")
+    formats.write(asking(), formats.Sources(disk=disk, archive=None), {"x": (target, output)}, tmp_path / "scratch")
+    assert formats.virtual_size_bytes(target, output) >= disk.stat().st_size
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

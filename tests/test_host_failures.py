@@ -404,6 +404,14 @@ def test_an_output_directory_that_goes_in_the_middle_of_a_build(tmp_path: Path) 
     )
 
 
+def test_the_directory_for_the_disks_goes_in_the_middle_of_a_build(tmp_path: Path) -> None:
+    with pytest.raises(ToolError) as caught, builder._host_errors(tmp_path / "work", tmp_path):
+        (tmp_path / "work/file").touch()
+    assert told(caught)[0] == (
+        f"writing the files of the build in '{tmp_path}/work': the directory has been removed meanwhile"
+    )
+
+
 def test_a_disk_of_the_host_that_is_full_in_the_middle_of_a_build(tmp_path: Path) -> None:
     with (
         pytest.raises(ToolError) as caught,

@@ -547,6 +547,17 @@ def test_kill_leaves_no_process_and_its_files_go_at_the_next_start(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_program_that_is_killed_before_it_has_begun_is_an_error(tmp_path: Path) -> None:
+    ids = namespaces.find_ids()
+    with namespaces.inside_namespace(["own", "true"], tmp_path) as inside:
+        ids.map(inside.process.pid, with_own=True)
+        os.kill(inside.process.pid, signal.SIGSTOP)
+        inside.send(b"go")
+        os.kill(inside.process.pid, signal.SIGKILL)
+        with pytest.raises(ApplianceError, match=r"^removing it: it failed$"):
+            namespaces.finish(inside, "removing it")
+
+
 def children_of(process: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
@@ -563,7 +574,7 @@ def test_only_what_is_ours_and_abandoned_counts_as_a_leftover(tmp_path: Path) ->
     (tmp_path / "virt-dib-link").symlink_to(tmp_path / "other")
     (tmp_path / "virt-dib-file").touch()
     (tmp_path / "virt-dib-abandoned").mkdir()
-    (tmp_path / "virt-dib-abandoned" / "lock").touch()
+    (tmp_path / "virt-dib-abandoned" / "lock").write_text("virt-dib\n")
     held = tmp_path / "virt-dib-held"
     held.mkdir()
     with workspace.claimed(held):

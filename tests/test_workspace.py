@@ -20,7 +20,7 @@ def killed(tmp_path: Path) -> Path:
     """The directory of a build that was killed."""
     directory = tmp_path / "temporary" / "virt-dib-killed"
     directory.mkdir(parents=True)
-    (directory / "lock").touch()
+    (directory / "lock").write_text("virt-dib\n")
     return directory
 
 
@@ -181,7 +181,7 @@ def test_a_directory_without_its_lock_goes_when_nobody_can_be_about_to_claim_it(
         directory.mkdir()
     (directories["begun"] / "lock2x4").touch()
     (directories["foreign"] / "file").touch()
-    (directories["free"] / "lock").touch()
+    (directories["free"] / "lock").write_text("virt-dib\n")
     (tmp_path / ".virt-dib-link").symlink_to(directories["foreign"])
     (tmp_path / "virt-dib-empty").mkdir()
     with claimed(directories["held"]):
@@ -193,6 +193,23 @@ def test_a_directory_without_its_lock_goes_when_nobody_can_be_about_to_claim_it(
         ".virt-dib-new", ".virt-dib-foreign", ".virt-dib-held", ".virt-dib-link", "virt-dib-empty"
     }  # fmt: skip
     assert os.listdir(directories["foreign"]) == ["file"]
+
+
+def test_a_directory_of_the_users_that_only_has_such_names_stays(tmp_path: Path) -> None:
+    for name in ("virt-dib-notes", ".virt-dib-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        (tmp_path / name / "precious").touch()
+    assert remove_leftovers(tmp_path) == []
+    assert len(list(tmp_path.glob("*/precious"))) == 2
+
+
+def test_paths_in_it_are_for_programs_that_start_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", ".")
+    monkeypatch.delenv("LIBGUESTFS_TMPDIR", raising=False)
+    with open_workspace() as directory:
+        assert directory.parent == tmp_path
 
 
 def test_nobody_else_removes_a_directory_while_its_own_build_does(

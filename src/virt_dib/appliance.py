@@ -538,11 +538,11 @@ def open_appliance(settings: Settings) -> Iterator[Appliance]:
     problem = binding_problem()
     if problem is not None:
         raise PrerequisiteError(problem.message, hint=problem.hint)
-    appliance = Appliance(settings)
-    try:
+    with contextlib.ExitStack() as stack:
+        with shielded():
+            appliance = Appliance(settings)
+            stack.callback(appliance.close)
         yield appliance
-    finally:
-        appliance.close()
 
 
 def _alive_command(pid: str) -> str:

@@ -326,7 +326,7 @@ def _quoted(path: Path) -> str:
 
 @contextlib.contextmanager
 def _private_dir() -> Iterator[Path]:
-    parent = temp_dir()
+    parent = temp_dir().absolute()
     remove_leftovers(parent)
     with contextlib.ExitStack() as stack:
         with shielded():

@@ -221,9 +221,10 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOENT and _is_gone(output_dir):
+        gone = [directory for directory in (output_dir, workspace) if _is_gone(directory)]
+        if error.errno == errno.ENOENT and gone:
             raise ToolError(
-                f"writing the files of the build in '{output_dir}': the directory has been removed meanwhile",
+                f"writing the files of the build in '{gone[0]}': the directory has been removed meanwhile",
                 hint="build again, and leave it where it is",
             ) from error
         if error.errno not in _HOST_ERRORS:
@@ -444,7 +445,9 @@ class _Build:
         if self._monitor.log_path is None:
             return
         try:
-            appliance.keep_log(self._monitor.log_path)
+            # Somebody may have tidied it away.
+            with contextlib.suppress(FileNotFoundError):
+                appliance.keep_log(self._monitor.log_path)
         except ApplianceError as error:
             self._monitor.warning(str(error))
 

@@ -17,6 +17,7 @@ NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHUNK_BYTES = 1 << 26
 _STALE_S = 3600.0
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def temp_dir(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/")) -> Path:
@@ -41,24 +42,72 @@ def remove_stale(directory: Path, pattern: str) -> None:
 def remove_tree(path: Path) -> None:
     """Remove the directory *path* as far as possible, directories that may not be written too.
 
-    Links are removed, not followed; what cannot be removed stays, and there may be nothing at all.
+    Links are removed, not followed, also those that come to the place of a directory meanwhile; what cannot be removed
+    stays, and there may be nothing at all.
     """
-    if os.path.islink(path) or not os.path.isdir(path):
-        return
-    directories = [path]
-    for directory in directories:
+    with contextlib.suppress(OSError):
+        top = _open_directory(os.fspath(path), None)
+        try:
+            _empty(top)
+        finally:
+            os.close(top)
+        path.rmdir()
+
+
+def _open_directory(name: str, parent: int | None) -> int:
+    """A descriptor of the directory *name* in *parent*, in which the owner may write from now on."""
+    place = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
         with contextlib.suppress(OSError):
-            directory.chmod(stat.S_IRWXU)
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            for entry in list(entries):
-                if entry.is_dir(follow_symlinks=False):
-                    directories.append(Path(entry.path))
-                else:
-                    with contextlib.suppress(OSError):
-                        os.unlink(entry.path)
-    for directory in reversed(directories):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
+            os.chmod(f"/proc/self/fd/{place}", stat.S_IRWXU)
+        return os.open(".", _DIRECTORY_FLAGS, dir_fd=place)
+    finally:
+        os.close(place)
+
+
+def _empty(top: int) -> None:
+    """Remove what is in a directory. One at a time is open: there may be more in each other than descriptors."""
+    here = os.dup(top)
+    way: list[tuple[str, list[str], tuple[int, int]]] = []
+    names = _remove_files(here)
+    try:
+        while names or way:
+            if names:
+                with contextlib.suppress(OSError):
+                    inner = _open_directory(name := names.pop(), here)
+                    way.append((name, names, _identity(here)))
+                    os.close(here)
+                    here, names = inner, _remove_files(inner)
+                continue
+            name, names, identity = way.pop()
+            outer = os.open("..", _DIRECTORY_FLAGS, dir_fd=here)
+            os.close(here)
+            here = outer
+            if _identity(here) != identity:
+                # Somebody has put what was being removed elsewhere.
+                return
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def _remove_files(directory: int) -> list[str]:
+    """Remove what is in a directory but other directories, and return their names."""
+    names = []
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                names.append(entry.name)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.name, dir_fd=directory)
+    return names
+
+
+def _identity(directory: int) -> tuple[int, int]:
+    state = os.fstat(directory)
+    return state.st_dev, state.st_ino
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:

@@ -352,16 +352,20 @@ def load(spec: BuildSpec, sources: Sources) -> Imported:
     return engine.load(sources.archive, spec.arch)
 
 
+# qemu-img takes what stands before a colon for a protocol, but in absolute paths.
+
+
 def _convert(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path) -> Command:
     command = [*_qemu_img_convert(), "-O", output.qemu_name]
     if _compresses(output, spec):
         # Compressed clusters in any order: the coroutines do not wait for each other.
         command += ["-c", "-W"]
-    return Command(words=[*command, *_options_for(output, spec), disk, target])
+    return Command(words=[*command, *_options_for(output, spec), disk.absolute(), target.absolute()])
 
 
 def _vhd(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path, scratch: Path) -> tuple[Command, Command]:
     """A short step, and the one that writes the image after it."""
+    disk, target = disk.absolute(), target.absolute()
     vhd_util = _find_vhd_util()
     if vhd_util is not None:
         fixed = scratch / "fixed.vhd"
@@ -423,5 +427,5 @@ def _is_full(said: str) -> bool:
 
 def virtual_size_bytes(image: Path, output: DiskFormat) -> int:
     """The size of the disk that *image*, just written, holds."""
-    command: list[str | Path] = [_qemu_img(), "info", "--output=json", "-f", output.qemu_name, image]
+    command: list[str | Path] = [_qemu_img(), "info", "--output=json", "-f", output.qemu_name, image.absolute()]
     return int(json.loads(tools.run(command, doing=f"measuring '{image.name}'").stdout)["virtual-size"])

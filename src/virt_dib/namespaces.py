@@ -495,8 +495,10 @@ def finish(inside: Inside, doing: str) -> None:
     Raises:
         ApplianceError: it has failed.
     """
-    # The socket closes with the command.
-    failure = inside.socket.recv(_MESSAGE_BYTES).decode(errors="replace").removeprefix("failed ")
+    failure = ""
+    # The socket closes with the command, which somebody may have killed before it has read what it is to do.
+    with contextlib.suppress(ConnectionError):
+        failure = inside.socket.recv(_MESSAGE_BYTES).decode(errors="replace").removeprefix("failed ")
     if inside.process.wait() != 0 or failure:
         said = [line for line in [failure, *inside.said().splitlines()] if line.strip()]
         raise ApplianceError(f"{doing}: {said[-1] if said else 'it failed'}")

@@ -395,7 +395,9 @@ def _stop(process: Process, send: Callable[[Process, int], None]) -> None:
 
 def _kill(process: Process, send: Callable[[Process, int], None] = subprocess.Popen.send_signal) -> None:
     send(process, signal.SIGKILL)
-    process.wait()
+    # A program of root's, such as sudo, is not ours to end.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_TIMEOUT_S)
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None:
             with contextlib.suppress(OSError):

@@ -19,6 +19,8 @@ from virt_dib.files import remove_tree, temp_dir
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
+_MARK = b"virt-dib\n"
+"""In the lock: a directory of somebody's that only has such names is not ours."""
 _ELSEWHERE = "elsewhere"
 PREFIX = "virt-dib-"
 """How the names of directories begin that are claimed."""
@@ -37,8 +39,8 @@ def open_workspace(parent: Path | None = None) -> Iterator[Path]:
     Raises:
         ToolError: it cannot be made.
     """
-    if parent is None:
-        parent = temp_dir()
+    # Programs that start elsewhere get paths in it.
+    parent = (parent or temp_dir()).absolute()
     remove_leftovers(parent)
     with contextlib.ExitStack() as stack:
         with shielded():
@@ -80,6 +82,7 @@ def claimed(workspace: Path) -> Iterator[None]:
     try:
         # Locked before it has the name that the others look for.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(descriptor, _MARK)
         os.rename(name, workspace / _LOCK)
         yield
     finally:
@@ -198,6 +201,6 @@ def _abandoned(workspace: Path) -> Iterator[bool]:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
+        yield os.read(descriptor, len(_MARK) + 1) == _MARK
     finally:
         os.close(descriptor)
