@@ -251,6 +251,32 @@ def test_a_plain_archive_as_squashfs(tmp_path: Path) -> None:
     assert listed == "text"
 
 
+def test_odd_names_of_attributes_in_a_squashfs(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").touch()
+    for name in ("user.plain", "user.p%q", "user.p%25q", "user.p%3Dq", "user.a=b"):
+        os.setxattr(tmp_path / "tree/file", name, b"value")
+    options = ["--format=posix", "--xattrs", "--xattrs-include=*"]
+    tools.run(["tar", "-C", tmp_path / "tree", *options, "-cf", tmp_path / "tar", "."], doing="making an archive")
+    image = make_squashfs(tmp_path / "tar")
+    tools.run(["unsquashfs", "-no-progress", "-d", tmp_path / "out", image], doing="reading")
+    kept = {name for name in os.listxattr(tmp_path / "out/file") if name.startswith("user.")}
+    assert kept == {"user.plain", "user.p%q", "user.p%25q", "user.p%3Dq"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [("x86_64", "amd64"), ("aarch64", "arm64"), ("mipsel", "mipsle"), ("amd64", "amd64"), ("armhf", "arm")],
+)
+def test_architectures_in_the_words_of_containers(tmp_path: Path, arch: str, said: str) -> None:
+    archive, target = archive_of([("./", None)], tmp_path / "tar"), tmp_path / "oci"
+    archives.write_oci(archive, archive, target, name="x:latest", arch=arch, created_by="a test")
+    with tarfile.open(target) as made:
+        blobs = [made.extractfile(member) for member in made.getmembers() if member.name.startswith("blobs/")]
+        configs = [stream.read() for stream in blobs if stream]
+    assert [json.loads(text)["architecture"] for text in configs if b"rootfs" in text] == [said]
+
+
 def hostile(kind: str, path: Path) -> Path:
     """An archive that no tar makes of a tree."""
     if kind == "no top directory":

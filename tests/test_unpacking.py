@@ -77,6 +77,14 @@ def test_the_archive_of_a_directory_by_tar(tmp_path: Path) -> None:
     assert (target / "setuid").stat().st_mode & 0o7111 == 0
 
 
+def test_times_in_a_cache_are_those_of_its_files(tmp_path: Path) -> None:
+    first, second = member("d/a", data=b"x"), member("d/b", tarfile.LNKTYPE, link="d/a")
+    for info, _ in (first, second):
+        info.mtime = 1_000_000_000
+    copy_out(archive_of(tmp_path / "out.tar", first, second), tmp_path, limit_bytes=9, as_cache=True)
+    assert [(tmp_path / "d" / name).stat().st_mtime for name in ("a", "b")] == [1_000_000_000] * 2
+
+
 def test_an_empty_directory(unpack: Unpack) -> None:
     assert unpack(member("./", tarfile.DIRTYPE)) == unpacking.CopiedOut(files=0, left_out=())
 

@@ -25,8 +25,11 @@ from virt_dib.tools import Command
 
 _ENGINE_TIMEOUT_S = 60.0
 _IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
-_PLATFORMS = {"armhf": ("arm", "v7"), "armel": ("arm", "v5"), "i386": ("386", ""), "ppc64el": ("ppc64le", "")}
-"""Architecture and variant in the words of containers, where they are not Debian's."""
+_PLATFORMS = {
+    "aarch64": ("arm64", ""), "armel": ("arm", "v5"), "armhf": ("arm", "v7"), "i386": ("386", ""),
+    "mips64el": ("mips64le", ""), "mipsel": ("mipsle", ""), "ppc64el": ("ppc64le", ""), "x86_64": ("amd64", ""),
+}  # fmt: skip
+"""Architecture and variant in the words of containers, where they are not those of Debian or of the kernel."""
 _UNCONFINED_DIRS = ("/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 
 

@@ -47,9 +47,10 @@ _SHORT = 8
 """A value with fewer characters is likely to be part of other words, and hidden only where its name is before it."""
 
 _ASSIGNMENT = re.compile(r"(?<![A-Za-z0-9_])(?P<name>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>'[^']*'|\"[^\"]*\"|[^\s'\"]+)")
-_PASSWORD_IN_URL = re.compile(r"(?P<before>(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]{1,30}://[^/\s:@'\"]*):[^/\s@'\"]+@")
-_TOKEN_IN_URL = re.compile(r"(?P<before>(?<![A-Za-z0-9])https?://)[^/\s:@'\"]{20,}@")
-"""Both begin where a word does: a text without blanks is looked through once, however long."""
+_PASSWORD_IN_URL = re.compile(r"(?P<before>(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]{1,30}://[^/\s:@'\"]*):[^/\s\"]+@")
+_TOKEN_IN_URL = re.compile(r"(?P<before>(?<![A-Za-z0-9])https?://)[^/\s:\"]{20,}@")
+"""Up to the last @, which people leave as it is in passwords. Both begin where a word does: a text without blanks is
+looked through once, however long."""
 
 
 def is_secret(name: str, value: str) -> bool:

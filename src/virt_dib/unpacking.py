@@ -183,8 +183,11 @@ class _Unpacking:
                 os.utime(path, (date_s, date_s), follow_symlinks=False)
         elif member.islnk() and _known_by(original := self._path(member.linkname)) in self._sizes_bytes:
             with original.open("rb") as earlier:
-                executable = bool(original.stat().st_mode & stat.S_IXUSR)
+                state = original.stat()
+                executable = bool(state.st_mode & stat.S_IXUSR)
                 self._write(path, earlier, self._sizes_bytes[_known_by(original)], executable=executable)
+                if self._as_cache:
+                    os.utime(path, ns=(state.st_mtime_ns, state.st_mtime_ns), follow_symlinks=False)
         elif self._as_cache and member.issym() and self._stays_inside(path, member.linkname):
             self._make_parents(path)
             path.symlink_to(member.linkname)

@@ -48,10 +48,11 @@ def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     new.size = member.size if member.isreg() else 0
     new.devmajor, new.devminor = member.devmajor, member.devminor
     new.linkname = without_dot(member.linkname) if member.islnk() else member.linkname
+    # GNU tar writes % and = in names as %25 and %3D. sqfstar takes names as they are, and there can be no = in one.
     new.pax_headers = {
-        key: value
+        key.replace("%25", "%"): value
         for key, value in member.pax_headers.items()
-        if key.startswith(ATTRIBUTE) and key[len(ATTRIBUTE) :].startswith(PREFIXES)
+        if key.startswith(ATTRIBUTE) and key[len(ATTRIBUTE) :].startswith(PREFIXES) and "%3D" not in key
     }
     return new
 
