@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from virt_dib import batch, boot, dib, kvm, network, staging, tools
+from helpers import processes_of
+from test_staging import as_ordinary_user, run_python
+from virt_dib import batch, boot, dib, kvm, layout, network, staging, tools
 from virt_dib.errors import ToolError, VirtDibError
 
 SECRET = "not for programs"
@@ -298,3 +301,59 @@ def test_a_guard_that_is_told_of_nothing_ends_nothing() -> None:
     with guard() as (process, writer):
         os.close(writer)
         assert process.wait(60) == 0
+
+
+WAITING = """
+import sys
+from virt_dib import tools
+from virt_dib.errors import ToolError
+
+tools._STOP_TIMEOUT_S = 0.2
+try:
+    tools.run([sys.argv[1], "--reuid=0", "sleep", sys.argv[2]], doing="waiting", timeout_s=0.2)
+except ToolError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="wants root")
+def test_a_time_limit_holds_for_a_program_that_cannot_be_ended(anyones_dir: Path) -> None:
+    becomes_root = anyones_dir / "becomes-root"
+    shutil.copy(tools.require("setpriv", purpose="run the tests", package="util-linux"), becomes_root)
+    becomes_root.chmod(0o4755)
+    time_s = f"30.{os.getpid()}"
+    said = run_python(WAITING, becomes_root, time_s, before=as_ordinary_user())
+    # Not the end of the program, then: it still runs.
+    still = [pid for pid in processes_of(Path(time_s)) if Path(f"/proc/{pid}/comm").read_text() == "sleep\n"]
+    for pid in still:
+        os.kill(int(pid), signal.SIGKILL)
+    assert said == "waiting: 'becomes-root' did not finish in 0 s\n"
+    assert len(still) == 1
+
+
+DIES = """
+import os, sys
+directory = sys.argv[2]
+for number in range(2):
+    with open(f"{directory}/request") as stream:
+        stream.read()
+    with open(f"{directory}/reply", "w") as reply:
+        if number == 1:
+            os.kill(os.getpid(), 9)
+        with open(f"{directory}/status", "w") as stream:
+            stream.write("0")
+"""
+
+
+def test_a_dib_block_device_that_is_killed_has_not_succeeded(tmp_path: Path) -> None:
+    for name in ("request", "reply"):
+        os.mkfifo(tmp_path / name)
+    ask: list[str | Path] = ["/bin/bash", layout.guest_script("block-device.sh"), tmp_path, "answers", "umount"]
+    # As it finds the one that serves it.
+    command: list[str | Path] = [sys.executable, "-c", DIES + "# block-device.py", "--serve", tmp_path]
+    with tools.started(command) as server:
+        first, second = (tools.run(ask, doing="asking", check=False) for _ in range(2))
+        server.wait()
+    assert first.exit_status == 0, first.stderr
+    assert second.exit_status == 1
+    assert second.stderr == "the process behind dib-block-device was killed, perhaps for want of memory\n"

@@ -120,7 +120,8 @@ def started(
 ) -> Iterator[Process]:
     """Start *command* in a process group of its own; nothing of that group outlives the block, nor virt-dib.
 
-    A group of its own: Ctrl-C on the terminal reaches virt-dib alone, which then stops the group.
+    That is, of what is for this user to end: sudo is not. The group is for Ctrl-C on the terminal to reach virt-dib
+    alone, which then stops it.
     A program without a path is found by :func:`find`. *environment* is all that it gets; not given, that is
     :func:`host_environment`. *umask* is the user's unless given. What *tidies_up* gets SIGTERM when virt-dib is killed,
     and what it has started is its own to stop then; others get SIGKILL.
@@ -395,7 +396,7 @@ def _stop(process: Process, send: Callable[[Process, int], None]) -> None:
 
 def _kill(process: Process, send: Callable[[Process, int], None] = subprocess.Popen.send_signal) -> None:
     send(process, signal.SIGKILL)
-    # A program of root's, such as sudo, is not ours to end.
+    # A program that is root, such as sudo, is not ours to end.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_TIMEOUT_S)
     for stream in (process.stdin, process.stdout, process.stderr):
