@@ -140,7 +140,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     breaks, wrong = _breaks(inherited)
     command = read(given, [*mistakes, *wrong], arguments, environ)
     overwrite = environ.get("OVERWRITE_OLD_IMAGE", "0")
-    drop_in = DropIn(image_name=image_name, working_dir=Path.cwd(), keep_old=not _is_set(overwrite))
+    drop_in = DropIn(image_name=image_name, working_dir=_working_dir(), keep_old=not _is_set(overwrite))
     return DibCommand(
         spec=dataclasses.replace(
             command.spec, drop_in=drop_in, image_cache=command.spec.image_cache or _default_cache(inherited)
@@ -236,6 +236,14 @@ def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk
 def _default_cache(environ: Mapping[str, str]) -> Path | None:
     home = environ.get("HOME")
     return Path(home) / _DEFAULT_CACHE if home else None
+
+
+def _working_dir() -> Path:
+    """Where there is none any more, there can be no build, but help."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path()
 
 
 def _is_set(text: str) -> bool:

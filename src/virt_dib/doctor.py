@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from virt_dib import cli, command_line, prerequisites, tools
 from virt_dib.interrupts import interrupts
-from virt_dib.plain_text import printable, write_out
+from virt_dib.plain_text import answer, printable
 from virt_dib.prerequisites import Check
 from virt_dib.terminal import AUTOMATIC, coloured, columns_of, padded
 from virt_dib.translation import translated
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupts():
             library, python = command_line.wanted_dib()
             results = prerequisites.check_host(kvm=command_line.wanted_kvm(), dib_library=library, python=python)
-        write_out(sys.stdout, table(results, colour=AUTOMATIC.colours(sys.stdout)))
+        answer(table(results, colour=AUTOMATIC.colours(sys.stdout)))
         return 1 if any(check.required and not check.ok for check in results) else 0
 
     return cli.report_errors(_PROG, examine)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from virt_dib.errors import UsageError
+from virt_dib.plain_text import answer
 from virt_dib.terminal import fold
 from virt_dib.translation import translated
 
@@ -64,6 +65,11 @@ class Parser(argparse.ArgumentParser):
         self.arguments = self.add_argument_group(translated("arguments"))
         self.options = self.add_argument_group(translated("options"))
         self.options.add_argument("-h", "--help", action="help", help=translated("print this"))
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        # Help and version, which go to standard output; argparse loses what cannot be written there.
+        del file
+        answer(message)
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong with the command line as any error is.
