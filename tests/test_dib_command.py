@@ -289,6 +289,18 @@ def test_a_cache_that_cannot_be_made_is_told_with_other_mistakes(
     assert errors == [message, "element 'no-such-element' not found"]
 
 
+def test_the_hint_names_the_variable_for_temporary_files_that_counts(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIBGUESTFS_TMPDIR", "/tmp")
+    monkeypatch.setenv("TMP_DIR", str(tmp_path / "TMPDIR"))
+    assert dib_cli.disk_image_create(["--image-cache", str(tmp_path / "cache"), "no-such-element"]) == 1
+    shown = capfd.readouterr().out
+    assert f"making a directory for the build in '{tmp_path}/TMPDIR': No such file or directory" in shown
+    assert "hint: set TMP_DIR to a directory that you can write and that has space" in shown
+
+
 def test_there_is_help_where_the_current_directory_was_removed(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

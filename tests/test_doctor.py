@@ -200,6 +200,16 @@ def test_a_kernel_chosen_by_the_user(host: FakeHost, tmp_path: Path) -> None:
     assert host.checks()["kernel"].detail == str(tmp_path / "vmlinuz-mine")
 
 
+def test_a_kernel_chosen_by_the_user_that_is_not_there(host: FakeHost, tmp_path: Path) -> None:
+    host.environ["SUPERMIN_KERNEL"] = str(tmp_path / "none")
+    assert host.required() == [
+        Problem(
+            f"no kernel '{tmp_path}/none', which SUPERMIN_KERNEL names, needed to start the appliance",
+            "unset SUPERMIN_KERNEL, or set it to a kernel that is there",
+        )
+    ]
+
+
 def test_no_appliance_of_libguestfs(host: FakeHost) -> None:
     (host.root / "usr/lib/x/guestfs/supermin.d").rmdir()
     (problem,) = host.required()
@@ -226,6 +236,19 @@ def test_a_temporary_directory_that_is_none(host: FakeHost, tmp_path: Path) -> N
     check = host.checks()["temporary space"]
     assert (check.ok, check.required) == (False, True)
     assert check.detail == f"cannot write in '{tmp_path / 'file'}': not a directory"
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "LIBGUESTFS_TMPDIR"])
+def test_a_temporary_directory_that_is_not_there(host: FakeHost, tmp_path: Path, variable: str) -> None:
+    host.environ |= {"TMPDIR": "/tmp", variable: str(tmp_path / "no/temp")}
+    check = host.checks()["temporary space"]
+    assert check.detail == f"cannot write in '{tmp_path}/no/temp': no such file or directory"
+    assert check.hint == f"set {variable} to a directory that you can write"
+
+
+def test_a_cache_that_cannot_be_is_called_by_its_own_name(host: FakeHost) -> None:
+    host.cache = Path("/proc/no/cache")
+    assert host.checks()["cache space"].detail.startswith("cannot write in '/proc/no/cache': ")
 
 
 def test_a_cache_that_is_not_there_yet_is_measured_where_it_will_be(host: FakeHost) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from virt_dib import api, batch, dib, dib_command, dib_words, elements, events, tools
 from virt_dib.cli import report_errors
 from virt_dib.dib import DibInstallation
-from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, DibCommand
+from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, TEMP_DIR, DibCommand
 from virt_dib.dib_output import DibOutput
 from virt_dib.dib_words import Words
 from virt_dib.errors import Interrupted, Problem, ScriptError, VirtDibError
@@ -41,6 +41,8 @@ def _for_batch(arguments: Sequence[str]) -> int:
 
 def _main(prog: str, arguments: Sequence[str], words: Words | None = None) -> int:
     words = words or dib_words.of_command(prog)
+    if os.environ.get(TEMP_DIR):
+        words = words.with_temp_dir(TEMP_DIR)
 
     def run() -> int:
         command = dib_command.parse(arguments, os.environ, prog=prog, ramdisk=prog == RAMDISK_PROG)

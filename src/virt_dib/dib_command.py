@@ -25,6 +25,8 @@ from virt_dib.usage import Parser
 TRACING = "tracing"
 """The destination of the one option that counts how often it is given."""
 _CLEARING, _LOG = "clearing", "log"
+TEMP_DIR = "TMP_DIR"
+"""disk-image-create's variable for where the disks of a build are."""
 
 DISK_PROG, RAMDISK_PROG = "virt-disk-image-create", "virt-ramdisk-image-create"
 _DESCRIPTION = {
@@ -154,7 +156,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
         ],
         output=from_environment(environ, log),
         breaks=breaks,
-        temporary_dir=Path(environ["TMP_DIR"]) if environ.get("TMP_DIR") else None,
+        temporary_dir=Path(environ[TEMP_DIR]) if environ.get(TEMP_DIR) else None,
         help=given.help,
         version=given.version,
     )
