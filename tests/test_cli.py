@@ -6,14 +6,14 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virt_dib import __version__, cli, command_line, formats, tools
+from virt_dib import __version__, boot_cli, cli, command_line, dib_links, doctor, formats, image_file_cli, tools
 from virt_dib.errors import Interrupted, PrerequisiteError, Problem, ScriptError, UsageError, VirtDibError
 from virt_dib.machine_readable import Target
 from virt_dib.options import build_parser
@@ -521,6 +521,40 @@ def test_the_command(arguments: list[str], exit_status: int, out: str, err: str,
     assert "Traceback" not in result.stderr
     assert ("'missing'" in result.stderr) == ("missing" in arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("main", [boot_cli.main, dib_links.main, doctor.main, image_file_cli.main])
+def test_each_command_has_a_version(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert re.fullmatch(rf"virt-[a-z-]+ {re.escape(__version__)}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "name"),
+    [
+        (dib_links.main, [""], "argument DIRECTORY: cannot use an empty name; is a shell variable unset?"),
+        (dib_links.main, ["--remove", ""], "argument DIRECTORY: cannot use an empty name; is a shell variable unset?"),
+        (boot_cli.main, [""], "argument IMAGE: cannot use an empty name; is a shell variable unset?"),
+        (image_file_cli.main, [""], "cannot use an empty name for FILE"),
+        (image_file_cli.main, ["--", ""], "cannot use an empty name for FILE"),
+        (cli.main, ["--config", "", "vm"], "cannot use an empty name for --config"),
+        (cli.main, ["--config=", "--show-config"], "cannot use an empty name for --config"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(
+    main: Callable[[Sequence[str]], int],
+    arguments: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[0].partition(" error: ")[2] == name
+    assert os.listdir(tmp_path) == []
 
 
 COMMANDS_DIR = Path(sys.executable).parent

@@ -164,7 +164,9 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The help of *prog*, and for those who compare it with the manual. Command lines are read by :func:`parse`."""
-    parser = Parser(prog, _DESCRIPTION[prog], _EPILOG, usage=f"{prog} {translated('[options] ELEMENT...')}")
+    parser = Parser(
+        prog, _DESCRIPTION[prog], _EPILOG, usage=f"{prog} {translated('[options] ELEMENT...')}", version=None
+    )
     parser.arguments.add_argument(
         "elements", nargs="*", metavar="ELEMENT", help=translated("such as debian-minimal, vm")
     )

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """Its only option is --help."""
+    """For those who compare it with the manual too."""
     return Parser(_PROG, _DESCRIPTION, _EPILOG)
 
 

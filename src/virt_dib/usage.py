@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
+from virt_dib import __version__
 from virt_dib.errors import UsageError
 from virt_dib.plain_text import answer
 from virt_dib.terminal import fold
@@ -51,9 +53,12 @@ class Parser(argparse.ArgumentParser):
     """The parser of a small command: translated, and folded to the width of the terminal, with ``--help``.
 
     Arguments are added to its groups, since those of argparse have English titles; their help is to be translated.
+    *version* is what ``--version`` prints; None: there is no such option, or another one.
     """
 
-    def __init__(self, prog: str, description: str, epilog: str, *, usage: str | None = None) -> None:
+    def __init__(
+        self, prog: str, description: str, epilog: str, *, usage: str | None = None, version: str | None = __version__
+    ) -> None:
         super().__init__(
             prog=prog,
             usage=usage,
@@ -65,6 +70,9 @@ class Parser(argparse.ArgumentParser):
         self.arguments = self.add_argument_group(translated("arguments"))
         self.options = self.add_argument_group(translated("options"))
         self.options.add_argument("-h", "--help", action="help", help=translated("print this"))
+        if version is not None:
+            text = translated("print the version")
+            self.options.add_argument("--version", action="version", version=f"{prog} {version}", help=text)
 
     def _print_message(self, message: str, file: object = None) -> None:
         # Help and version, which go to standard output; argparse loses what cannot be written there.
@@ -78,3 +86,14 @@ class Parser(argparse.ArgumentParser):
             UsageError: always.
         """
         raise UsageError(message, hint=f"'{self.prog} --help' lists all options")
+
+
+def named_path(text: str) -> Path:
+    """A file or directory that an argument names. Without a name it would be the current directory.
+
+    Raises:
+        ArgumentTypeError: it has none.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("cannot use an empty name; is a shell variable unset?")
+    return Path(text)
