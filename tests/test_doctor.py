@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from on_terminal import on_terminal
 from virt_dib import boot, dib, doctor, formats, kvm, prerequisites, tools
 from virt_dib.errors import Problem
 from virt_dib.prerequisites import Check, Host
@@ -305,6 +306,29 @@ def test_the_table_is_aligned_and_says_what_to_run() -> None:
     )
 
 
+def test_on_a_terminal_the_last_column_is_folded_and_nothing_is_lost() -> None:
+    results = [
+        Check(name="one", ok=True, detail="/usr/bin/one"),
+        Check(name="another", ok=False, detail="'another' not found, needed to do more", hint="install it or run on"),
+    ]
+    for colour in (False, True):
+        text = doctor.table(results, colour=colour, columns=36)
+        assert re.sub(r"\x1b\[[0-9;]*m", "", text) == (
+            "ok       one      /usr/bin/one\n"
+            "missing  another  'another' not\n"
+            "                  found, needed to\n"
+            "                  do more\n"
+            "                  install it or run\n"
+            "                  on\n"
+            "\n"
+            "a build cannot work here yet, for\n"
+            "want of: another\n"
+        )
+    narrow = doctor.table(results, colour=False, columns=10)
+    assert narrow.split() == doctor.table(results, colour=False).split()
+    assert all(line.strip() for line in narrow.split("\n\n", maxsplit=1)[0].splitlines())
+
+
 def test_colours_mark_the_words_only() -> None:
     plain = doctor.table([Check(name="one", ok=True, detail="here")], colour=False)
     coloured = doctor.table([Check(name="one", ok=True, detail="here")], colour=True)
@@ -361,6 +385,18 @@ def test_the_command_on_this_host(tmp_path: Path) -> None:
     assert ("a build can work here" in result.stdout) is (result.exit_status == 0)
     if lacking:
         assert result.exit_status == 1
+
+
+def test_the_command_on_a_narrow_terminal(tmp_path: Path) -> None:
+    program = [Path(sys.executable).parent / "virt-dib-doctor"]
+    environment = {"VIRT_DIB_KVM": "off", "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": "/no/directory"}
+    environment["LIBGUESTFS_TMPDIR"] = ""
+    with on_terminal(program, cwd=tmp_path, environment=environment, columns=60) as running:
+        assert running.ended() == 1
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", running.person.seen).splitlines()
+    # A word that is longer stays in one piece.
+    assert [line for line in lines if len(line.rpartition(" ")[0].rstrip()) > 60] == []
+    assert "set TMPDIR to a directory that you can write" in " ".join(" ".join(lines).split())
 
 
 def test_the_command_where_nothing_can_be_written(tmp_path: Path) -> None:
