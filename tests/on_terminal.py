@@ -148,11 +148,15 @@ class Program:
 
 @contextlib.contextmanager
 def on_terminal(
-    command: Sequence[str | Path], *, cwd: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    columns: int = COLUMNS,
 ) -> Iterator[Program]:
     """Start *command* with a controlling terminal of its own."""
     with (
-        terminal() as (person, follower),
+        terminal(columns=columns) as (person, follower),
         tools.started(
             [sys.executable, "-c", _TAKE, *command],
             cwd=cwd,

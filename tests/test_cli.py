@@ -6,14 +6,14 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virt_dib import __version__, cli, command_line, formats, tools
+from virt_dib import __version__, boot_cli, cli, command_line, dib_links, doctor, formats, image_file_cli, tools
 from virt_dib.errors import Interrupted, PrerequisiteError, Problem, ScriptError, UsageError, VirtDibError
 from virt_dib.machine_readable import Target
 from virt_dib.options import build_parser
@@ -457,12 +457,14 @@ def test_mistakes_beside_list_elements_are_told(capsys: pytest.CaptureFixture[st
         ("cli", ["--list-elements"]),
         ("doctor", []),
         ("boot_cli", ["{place}/image"]),
+        ("dib_cli", ["-o", "{place}/d", "debian-minimal", "vm"]),
     ],
 )
 def test_a_current_directory_that_was_removed(tmp_path: Path, program: str, arguments: list[str]) -> None:
+    drop_in = program == "dib_cli"
     code = (
         "import os, sys\n"
-        f"from virt_dib.{program} import main\n"
+        f"from virt_dib.{program} import {'disk_image_create as main' if drop_in else 'main'}\n"
         "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -471,7 +473,7 @@ def test_a_current_directory_that_was_removed(tmp_path: Path, program: str, argu
     environment = {**os.environ, "XDG_CACHE_HOME": "relative"}
     command = [sys.executable, "-c", code, *words]
     run = tools.run(command, doing="running it", cwd=tmp_path, environment=environment, check=False)
-    assert run.exit_status == 2
+    assert run.exit_status == (1 if drop_in else 2)
     assert "error: cannot work in the current directory, which has been removed: " in run.stderr
     assert "hint: change to a directory that exists" in run.stderr
     assert "Traceback" not in run.stderr
@@ -519,6 +521,101 @@ def test_the_command(arguments: list[str], exit_status: int, out: str, err: str,
     assert "Traceback" not in result.stderr
     assert ("'missing'" in result.stderr) == ("missing" in arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("main", [boot_cli.main, dib_links.main, doctor.main, image_file_cli.main])
+def test_each_command_has_a_version(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert re.fullmatch(rf"virt-[a-z-]+ {re.escape(__version__)}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "name"),
+    [
+        (dib_links.main, [""], "argument DIRECTORY: cannot use an empty name; is a shell variable unset?"),
+        (dib_links.main, ["--remove", ""], "argument DIRECTORY: cannot use an empty name; is a shell variable unset?"),
+        (boot_cli.main, [""], "argument IMAGE: cannot use an empty name; is a shell variable unset?"),
+        (image_file_cli.main, [""], "cannot use an empty name for FILE"),
+        (image_file_cli.main, ["--", ""], "cannot use an empty name for FILE"),
+        (cli.main, ["--config", "", "vm"], "cannot use an empty name for --config"),
+        (cli.main, ["--config=", "--show-config"], "cannot use an empty name for --config"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(
+    main: Callable[[Sequence[str]], int],
+    arguments: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[0].partition(" error: ")[2] == name
+    assert os.listdir(tmp_path) == []
+
+
+COMMANDS_DIR = Path(sys.executable).parent
+ANSWERS = [
+    ["virt-dib", "--help"],
+    ["virt-dib", "--version"],
+    ["virt-dib", "--list-elements"],
+    ["virt-dib", "--show-config"],
+    ["virt-dib", "--machine-readable"],
+    ["virt-dib-doctor", "--help"],
+    ["virt-dib-boot-test", "--help"],
+    ["virt-dib-links", "--help"],
+    ["virt-diskimage-builder", "--version"],
+    ["virt-disk-image-create", "--help"],
+    ["virt-ramdisk-image-create", "--version"],
+]
+
+
+def in_shell(redirection: str, command: Sequence[str], cwd: Path) -> tools.Result:
+    """What becomes of *command* with standard streams as the shell makes them."""
+    words: list[str | Path] = ["bash", "-c", f'"$@" {redirection}', "bash", COMMANDS_DIR / command[0], *command[1:]]
+    environment = {**os.environ, "HOME": str(cwd)}
+    return tools.run(words, doing="running it", cwd=cwd, environment=environment, check=False)
+
+
+@pytest.mark.parametrize("command", ANSWERS, ids=" ".join)
+def test_what_cannot_be_written_is_told(command: list[str], tmp_path: Path) -> None:
+    run = in_shell(">/dev/full", command, tmp_path)
+    assert run.exit_status == 1
+    error, hint = run.stderr.splitlines()
+    assert re.fullmatch(f"{command[0]}: error: writing .*: No space left on device", error)
+    assert hint.startswith(f"{command[0]}: hint: make room there, or ")
+
+
+@pytest.mark.parametrize("command", ANSWERS, ids=" ".join)
+def test_streams_that_are_closed(command: list[str], tmp_path: Path) -> None:
+    run = in_shell(">&-", command, tmp_path)
+    assert (run.exit_status, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_status"),
+    [
+        (["virt-dib", "no-such-element"], 2),
+        (["virt-dib-doctor", "--frob"], 2),
+        (["virt-dib-boot-test"], 2),
+        (["virt-dib-links", "links"], 0),
+        (["virt-dib-links"], 2),
+        (["virt-diskimage-builder"], 2),
+        (["virt-disk-image-create", "no-such-element"], 1),
+    ],
+)
+def test_the_status_when_all_streams_are_closed(command: list[str], exit_status: int, tmp_path: Path) -> None:
+    assert in_shell("<&- >&- 2>&-", command, tmp_path).exit_status == exit_status
+
+
+def test_no_file_gets_the_number_of_a_stream_that_is_closed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from virt_dib import cli; sys.exit(cli.report_errors('p', lambda: os.open('/', os.O_RDONLY)))"
+    )
+    assert in_shell("<&- >&- 2>&-", ["python", "-c", code], tmp_path).exit_status > 2
 
 
 # ---- signals ----

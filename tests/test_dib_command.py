@@ -272,6 +272,45 @@ def test_all_mistakes_at_once_with_the_status_of_disk_image_create(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        # Of the two ways to find out, one tells.
+        ("/proc/no/cache", "making the image cache '/proc/no/cache': No such file or directory"),
+        ("/dev/null", "cannot keep the image cache in '/dev/null': '/dev/null' is not a directory"),
+    ],
+)
+def test_a_cache_that_cannot_be_made_is_told_with_other_mistakes(
+    cache: str, message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dib_cli.disk_image_create(["--image-cache", cache, "no-such-element", "debian-minimal"]) == 1
+    errors = [line.split(" | ERROR: ")[1] for line in capfd.readouterr().out.splitlines() if " | ERROR: " in line]
+    assert errors == [message, "element 'no-such-element' not found"]
+
+
+def test_the_hint_names_the_variable_for_temporary_files_that_counts(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIBGUESTFS_TMPDIR", "/tmp")
+    monkeypatch.setenv("TMP_DIR", str(tmp_path / "TMPDIR"))
+    assert dib_cli.disk_image_create(["--image-cache", str(tmp_path / "cache"), "no-such-element"]) == 1
+    shown = capfd.readouterr().out
+    assert f"making a directory for the build in '{tmp_path}/TMPDIR': No such file or directory" in shown
+    assert "hint: set TMP_DIR to a directory that you can write and that has space" in shown
+
+
+def test_there_is_help_where_the_current_directory_was_removed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert dib_cli.disk_image_create(["--help"]) == 0
+    assert capfd.readouterr().out.startswith("usage: ")
+
+
 @pytest.mark.parametrize("command", [dib_cli.disk_image_create, dib_cli.ramdisk_image_create])
 def test_help_names_every_option_of_diskimage_builder(command: object, capfd: pytest.CaptureFixture[str]) -> None:
     assert callable(command)

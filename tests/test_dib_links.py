@@ -57,6 +57,16 @@ def test_links_are_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["other"]
 
 
+@pytest.mark.parametrize("name", [b"\xff1", b"it's\\ \x1b[31m\xff$x\xff", "日本 $x".encode(), b"two\nlines"])
+def test_what_is_said_of_the_path_is_what_a_shell_needs(tmp_path: Path, name: bytes) -> None:
+    directory = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    said = links(directory).stdout.partition("to use them: ")[2]
+    script = f"{said}\nprintf '%s' \"${{PATH%%:*}}\" | od -An -v -tx1"
+    shown = tools.run(["bash", "-c", script], doing="asking the shell").stdout
+    assert bytes.fromhex("".join(shown.split())) == os.fsencode(directory)
+    assert "\x1b" not in said
+
+
 def test_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused = links(tmp_path / "file")

@@ -20,7 +20,9 @@ DISK = dib_words.of_command(DISK_PROG)
 RAMDISK = dib_words.of_command(RAMDISK_PROG)
 FILES = dib_words.of_image_files()
 OPTION = re.compile(r"(?:virt-dib |(?<![\w/-]))--?[A-Za-z][a-z-]*", re.ASCII)
-OF_OTHER_COMMANDS = frozenset({"boot", "boot_cli", "doctor", "options", "image_file_cli", "batch", "dib_command"})
+OF_OTHER_COMMANDS = frozenset(
+    {"boot", "boot_cli", "doctor", "dib_links", "options", "image_file_cli", "batch", "dib_command"}
+)
 """Modules of commands with options of their own, and those that describe options."""
 FOREIGN = {
     "--system-site-packages", "--force-reinstall", "--reinstall", "--security-opt", "--no-new-privs", "--add-subkinds",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from on_terminal import on_terminal
 from virt_dib import boot, dib, doctor, formats, kvm, prerequisites, tools
 from virt_dib.errors import Problem
 from virt_dib.prerequisites import Check, Host
@@ -200,6 +201,16 @@ def test_a_kernel_chosen_by_the_user(host: FakeHost, tmp_path: Path) -> None:
     assert host.checks()["kernel"].detail == str(tmp_path / "vmlinuz-mine")
 
 
+def test_a_kernel_chosen_by_the_user_that_is_not_there(host: FakeHost, tmp_path: Path) -> None:
+    host.environ["SUPERMIN_KERNEL"] = str(tmp_path / "none")
+    assert host.required() == [
+        Problem(
+            f"no kernel '{tmp_path}/none', which SUPERMIN_KERNEL names, needed to start the appliance",
+            "unset SUPERMIN_KERNEL, or set it to a kernel that is there",
+        )
+    ]
+
+
 def test_no_appliance_of_libguestfs(host: FakeHost) -> None:
     (host.root / "usr/lib/x/guestfs/supermin.d").rmdir()
     (problem,) = host.required()
@@ -226,6 +237,19 @@ def test_a_temporary_directory_that_is_none(host: FakeHost, tmp_path: Path) -> N
     check = host.checks()["temporary space"]
     assert (check.ok, check.required) == (False, True)
     assert check.detail == f"cannot write in '{tmp_path / 'file'}': not a directory"
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "LIBGUESTFS_TMPDIR"])
+def test_a_temporary_directory_that_is_not_there(host: FakeHost, tmp_path: Path, variable: str) -> None:
+    host.environ |= {"TMPDIR": "/tmp", variable: str(tmp_path / "no/temp")}
+    check = host.checks()["temporary space"]
+    assert check.detail == f"cannot write in '{tmp_path}/no/temp': no such file or directory"
+    assert check.hint == f"set {variable} to a directory that you can write"
+
+
+def test_a_cache_that_cannot_be_is_called_by_its_own_name(host: FakeHost) -> None:
+    host.cache = Path("/proc/no/cache")
+    assert host.checks()["cache space"].detail.startswith("cannot write in '/proc/no/cache': ")
 
 
 def test_a_cache_that_is_not_there_yet_is_measured_where_it_will_be(host: FakeHost) -> None:
@@ -280,6 +304,29 @@ def test_the_table_is_aligned_and_says_what_to_run() -> None:
         "\n"
         "a build cannot work here yet, for want of: another\n"
     )
+
+
+def test_on_a_terminal_the_last_column_is_folded_and_nothing_is_lost() -> None:
+    results = [
+        Check(name="one", ok=True, detail="/usr/bin/one"),
+        Check(name="another", ok=False, detail="'another' not found, needed to do more", hint="install it or run on"),
+    ]
+    for colour in (False, True):
+        text = doctor.table(results, colour=colour, columns=36)
+        assert re.sub(r"\x1b\[[0-9;]*m", "", text) == (
+            "ok       one      /usr/bin/one\n"
+            "missing  another  'another' not\n"
+            "                  found, needed to\n"
+            "                  do more\n"
+            "                  install it or run\n"
+            "                  on\n"
+            "\n"
+            "a build cannot work here yet, for\n"
+            "want of: another\n"
+        )
+    narrow = doctor.table(results, colour=False, columns=10)
+    assert narrow.split() == doctor.table(results, colour=False).split()
+    assert all(line.strip() for line in narrow.split("\n\n", maxsplit=1)[0].splitlines())
 
 
 def test_colours_mark_the_words_only() -> None:
@@ -338,6 +385,18 @@ def test_the_command_on_this_host(tmp_path: Path) -> None:
     assert ("a build can work here" in result.stdout) is (result.exit_status == 0)
     if lacking:
         assert result.exit_status == 1
+
+
+def test_the_command_on_a_narrow_terminal(tmp_path: Path) -> None:
+    program = [Path(sys.executable).parent / "virt-dib-doctor"]
+    environment = {"VIRT_DIB_KVM": "off", "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": "/no/directory"}
+    environment["LIBGUESTFS_TMPDIR"] = ""
+    with on_terminal(program, cwd=tmp_path, environment=environment, columns=60) as running:
+        assert running.ended() == 1
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", running.person.seen).splitlines()
+    # A word that is longer stays in one piece.
+    assert [line for line in lines if len(line.rpartition(" ")[0].rstrip()) > 60] == []
+    assert "set TMPDIR to a directory that you can write" in " ".join(" ".join(lines).split())
 
 
 def test_the_command_where_nothing_can_be_written(tmp_path: Path) -> None:

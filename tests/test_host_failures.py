@@ -779,8 +779,8 @@ def test_a_cache_that_cannot_be_made(
     (tmp_path / "file").touch()
     assert dib_cli.disk_image_create(["-n", option, str(tmp_path / "file/cache"), "debian-minimal"]) == 1
     err = capsys.readouterr().err
-    assert f"making the image cache '{tmp_path}/file/cache': Not a directory\n" in err
-    assert "give another directory with --image-cache" in err
+    assert f"cannot keep the image cache in '{tmp_path}/file/cache': '{tmp_path}/file' is not a directory\n" in err
+    assert "name a directory that you can write with --image-cache" in err
 
 
 @pytest.mark.parametrize(

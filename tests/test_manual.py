@@ -17,9 +17,10 @@ from docutils.core import publish_doctree
 
 from generate import completion, manual, share
 from generate.completion import COMMANDS, SHELLS
-from virt_dib import boot_cli, dib_command, dib_links, image_file, image_file_cli, tools
+from virt_dib import boot_cli, dib_command, dib_links, doctor, image_file, image_file_cli, tools
 from virt_dib.command_line import parse
 from virt_dib.options import GROUPS, Takes
+from virt_dib.usage import Parser
 
 PAGES = tuple(path.stem for path in manual.sources())
 PAGE_OF = {name: path for path in manual.sources() for name in (path.stem, *manual.other_names(path))}
@@ -106,12 +107,15 @@ def test_the_sections() -> None:
     assert [title for title in titles if title in SECTIONS] == SECTIONS
 
 
-def test_the_page_of_the_boot_test_has_its_options() -> None:
-    shown = names_in(iter(OPTION.findall(boot_cli.build_parser().format_help())))
-    assert names_in(described(manual.DOCS / "virt-dib-boot-test.rst")) == {
+@pytest.mark.parametrize(
+    ("name", "parser"), [("virt-dib-boot-test", boot_cli.build_parser()), ("virt-dib-doctor", doctor.build_parser())]
+)
+def test_the_page_of_a_small_command_has_its_options(name: str, parser: Parser) -> None:
+    shown = names_in(iter(OPTION.findall(parser.format_help())))
+    assert names_in(described(PAGE_OF[name])) == {
         name
         for name in shown
-        if name in boot_cli.build_parser()._option_string_actions  # noqa: SLF001 - argparse's one list of names
+        if name in parser._option_string_actions  # noqa: SLF001 - argparse's one list of names
     }
 
 

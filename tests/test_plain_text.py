@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virt_dib.plain_text import Sanitiser, printable, write_out
+from virt_dib.errors import ToolError
+from virt_dib.plain_text import Sanitiser, answer, printable, write_out
 
 
 def sanitised(*pieces: bytes) -> str:
@@ -122,3 +124,15 @@ def test_write_out_tells_that_nobody_reads() -> None:
     with os.fdopen(writer, "w") as stream:
         assert not write_out(stream, "x")
         assert write_out(stream, "into nowhere now")
+
+
+def test_an_answer_that_nobody_reads_is_no_error_and_one_without_room_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        answer("x")
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(ToolError, match="writing to standard output: No space left on device"):
+            answer("x")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from on_terminal import on_terminal
 from virt_dib import tools
 from virt_dib.monitor import BuildMonitor, Display
 from virt_dib.options import BY_NAME
@@ -78,6 +79,27 @@ def test_a_terminal_gets_both_unless_it_or_its_user_cannot_see_colours(tmp_path:
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in text.splitlines()) <= 80
     assert "\x1b" not in on_a_terminal(*MISTAKES, cwd=tmp_path, environment={"NO_COLOR": "1"})
     assert "\x1b" not in on_a_terminal(*MISTAKES, cwd=tmp_path, environment={"TERM": "dumb"})
+
+
+COMMANDS = [
+    "virt-dib", "virt-dib-boot-test", "virt-dib-doctor", "virt-dib-links", "virt-disk-image-create",
+    "virt-diskimage-builder",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_is_as_wide_as_the_terminal_whatever_columns_says(command: str, tmp_path: Path) -> None:
+    program: list[str | Path] = [Path(sys.executable).parent / command, "--help"]
+    with on_terminal(program, cwd=tmp_path, environment={"COLUMNS": "150"}, columns=50) as running:
+        assert running.ended() == 0
+    lines = running.person.seen.splitlines()
+    # But for options that are longer than that, and example commands.
+    assert [line for line in lines if len(line) > 50 and " " in line.strip() and line.lstrip()[0] != "-"] == []
+    assert max(map(len, lines)) > 40
+    environment = {"PATH": os.environ["PATH"], "COLUMNS": "150"}
+    wide = tools.run(program, doing="asking", environment=environment, cwd=tmp_path).stdout
+    assert wide.split() == running.person.seen.split()
+    assert max(map(len, wide.splitlines())) > 80
 
 
 def test_the_lines_of_a_build_are_coloured_and_wrapped_and_its_log_is_not(

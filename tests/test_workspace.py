@@ -228,6 +228,25 @@ def test_nobody_else_removes_a_directory_while_its_own_build_does(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("variables", "meant"),
+    [
+        ({"TMPDIR": "@"}, "TMPDIR"),
+        ({"LIBGUESTFS_TMPDIR": "@", "TMPDIR": "/tmp"}, "LIBGUESTFS_TMPDIR"),
+        ({"LIBGUESTFS_TMPDIR": "", "TMPDIR": "@"}, "TMPDIR"),
+    ],
+)
+def test_the_hint_names_the_variable_that_counts(
+    variables: dict[str, str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.replace("@", str(tmp_path / "none")))
+    with pytest.raises(ToolError) as caught, open_workspace():
+        pass
+    (problem,) = caught.value.problems
+    assert problem.hint == f"set {meant} to a directory that you can write and that has space"
+
+
 def test_without_a_place_for_a_directory_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ToolError, match="making a directory for the build"), open_workspace(tmp_path / "file"):

@@ -23,7 +23,7 @@ from pathlib import Path
 from virt_dib import kvm, tools
 from virt_dib.disk_images import HEAD_BYTES, format_by, qcow2_header
 from virt_dib.errors import PrerequisiteError, ToolError, UsageError
-from virt_dib.files import temp_dir
+from virt_dib.files import temp_dir, temp_dir_variable
 from virt_dib.interrupts import shielded
 from virt_dib.plain_text import Sanitiser
 from virt_dib.workspace import PREFIX, private_directory, remove_leftovers
@@ -335,7 +335,7 @@ def _private_dir() -> Iterator[Path]:
             except OSError as error:
                 raise ToolError(
                     f"making a directory for the boot test in '{parent}': {error.strerror}",
-                    hint="set TMPDIR to a directory that you can write",
+                    hint=f"set {temp_dir_variable()} to a directory that you can write",
                 ) from error
         yield directory
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from virt_dib import boot, kvm, tools
 from virt_dib.boot import BootResult, Firmware
@@ -17,7 +16,7 @@ from virt_dib.interrupts import interrupts
 from virt_dib.plain_text import printable, write_out
 from virt_dib.supermin import cache_dir
 from virt_dib.translation import translated
-from virt_dib.usage import Parser
+from virt_dib.usage import Parser, named_path
 
 _PROG = "virt-dib-boot-test"
 _DESCRIPTION = (
@@ -39,13 +38,13 @@ def build_parser() -> Parser:
     """The options, for those who compare them with the manual too."""
     parser = Parser(_PROG, _DESCRIPTION, _EPILOG)
     parser.arguments.add_argument(
-        "image", metavar="IMAGE", type=Path, nargs="?", help=translated("a raw or qcow2 disk image")
+        "image", metavar="IMAGE", type=named_path, nargs="?", help=translated("a raw or qcow2 disk image")
     )
     options = parser.options
     options.add_argument(
-        "--kernel", metavar="FILE", type=Path, help=translated("instead of an image, a kernel, with --initrd")
+        "--kernel", metavar="FILE", type=named_path, help=translated("instead of an image, a kernel, with --initrd")
     )
-    options.add_argument("--initrd", metavar="FILE", type=Path, help=translated("the initramfs for --kernel"))
+    options.add_argument("--initrd", metavar="FILE", type=named_path, help=translated("the initramfs for --kernel"))
     options.add_argument(
         "--append",
         dest="arguments",

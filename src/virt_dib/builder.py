@@ -41,7 +41,7 @@ from virt_dib.errors import (
     reason_of,
 )
 from virt_dib.events import Listener, ignore
-from virt_dib.files import remove_tree
+from virt_dib.files import remove_tree, temp_dir_variable
 from virt_dib.hooks import Script
 from virt_dib.interrupts import Cancellation, Limit, cancellable, limited
 from virt_dib.jobs import Runner
@@ -231,7 +231,7 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
             raise
         raise ToolError(
             f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {reason_of(error)}",
-            hint="make room there; TMPDIR names another directory for the disks of a build",
+            hint=f"make room there; {temp_dir_variable()} names another directory for the disks of a build",
         ) from error
 
 
@@ -573,5 +573,5 @@ def _make_sparse(path: Path, size_bytes: int) -> None:
     except OSError as error:
         raise ToolError(
             f"making a disk of {size_bytes // 1024**2} MiB in '{path.parent}': {error.strerror}",
-            hint="set TMPDIR to a directory whose file system allows sparse files of that length",
+            hint=f"set {temp_dir_variable()} to a directory whose file system allows sparse files of that length",
         ) from error

@@ -17,7 +17,7 @@ from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lin
 from virt_dib.masking import Mask
 from virt_dib.monitor import Display, summary
 from virt_dib.options import PROG
-from virt_dib.plain_text import one_line, printable, write_out
+from virt_dib.plain_text import answer, fill_streams, one_line, printable, write_out
 from virt_dib.report import BuildReport
 from virt_dib.terminal import AUTOMATIC, Style
 from virt_dib.translation import translated
@@ -37,6 +37,7 @@ def report_errors(
 
     *words* gives messages the words of a command whose options are not virt-dib's.
     """
+    fill_streams()
     try:
         return body()
     except VirtDibError as error:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: CommandLine) -> int:
     if command.options.answer is not None:
-        write_out(sys.stdout, command.options.answer)
+        answer(command.options.answer)
         return 0
     if command.options.list_elements:
         return _list_elements(command)
@@ -111,14 +112,14 @@ def _list_elements(command: CommandLine) -> int:
     tools.require_working_directory()
     # DIB takes any directory for an element; these are nobody's choice.
     names = [name for name in sorted(plan.find_elements(command.spec)) if not name.startswith(("_", "."))]
-    write_out(sys.stdout, "".join(f"{one_line(name)}\n" for name in names))
+    answer("".join(f"{one_line(name)}\n" for name in names))
     return 0
 
 
 def _show_config(command: CommandLine) -> int:
     if command.problems:
         raise UsageError.of(command.problems)
-    write_out(sys.stdout, configuration.table(command.in_force, command.settings))
+    answer(configuration.table(command.in_force, command.settings))
     return 0
 
 

@@ -211,6 +211,9 @@ class _Search:
 
     def look_at_files(self, config: str | None) -> None:
         """Take the one that the user names, or else those in the places for them."""
+        if config == "":
+            self.problems.append(Problem("cannot use an empty name for --config", "is a shell variable unset?"))
+            return
         named = config if config is not None else self._environ.get(FILE_VARIABLE) or None
         named_by = None if named is None else "--config" if config is not None else FILE_VARIABLE
         files = _places(self._environ) if named is None else [Path(named)]

@@ -7,15 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from virt_dib import api, batch, dib, dib_command, dib_words, elements, events
+from virt_dib import api, batch, dib, dib_command, dib_words, elements, events, tools
 from virt_dib.cli import report_errors
 from virt_dib.dib import DibInstallation
-from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, DibCommand
+from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, TEMP_DIR, DibCommand
 from virt_dib.dib_output import DibOutput
 from virt_dib.dib_words import Words
-from virt_dib.errors import Interrupted, ScriptError, ToolError, VirtDibError
+from virt_dib.errors import Interrupted, Problem, ScriptError, VirtDibError
 from virt_dib.interrupts import interrupts
-from virt_dib.plain_text import write_out
+from virt_dib.plain_text import answer
 from virt_dib.releases import Rules
 from virt_dib.spec import BuildSpec
 
@@ -41,18 +41,25 @@ def _for_batch(arguments: Sequence[str]) -> int:
 
 def _main(prog: str, arguments: Sequence[str], words: Words | None = None) -> int:
     words = words or dib_words.of_command(prog)
-    command = dib_command.parse(arguments, os.environ, prog=prog, ramdisk=prog == RAMDISK_PROG)
-    return report_errors(prog, lambda: _run(command, prog, words), words=words)
+    if os.environ.get(TEMP_DIR):
+        words = words.with_temp_dir(TEMP_DIR)
+
+    def run() -> int:
+        command = dib_command.parse(arguments, os.environ, prog=prog, ramdisk=prog == RAMDISK_PROG)
+        return _run(command, prog, words)
+
+    return report_errors(prog, run, words=words)
 
 
 def _run(command: DibCommand, prog: str, words: Words) -> int:
     if command.help:
-        write_out(sys.stdout, dib_command.build_parser(prog).format_help())
+        answer(dib_command.build_parser(prog).format_help())
         return 0
     try:
+        tools.require_working_directory()
         installation = dib.find_installation(command.spec.dib_library, command.spec.python)
         if command.version:
-            write_out(sys.stdout, f"{installation.version}\n")
+            answer(f"{installation.version}\n")
             return 0
         if command.problems or not command.spec.elements:
             # All that is wrong, without a word of a build that will not be.
@@ -81,9 +88,9 @@ def _build(command: DibCommand, installation: DibInstallation, words: Words) -> 
         for text in command.messages:
             display(events.Message(text=text))
         try:
-            _make_cache(command.spec)
             api.build_image(
                 command.spec,
+                problems=_make_cache(command.spec),
                 options=api.RunOptions(
                     isolation=command.options.isolation,
                     kvm=command.options.kvm,
@@ -116,17 +123,21 @@ def _asked_for(spec: BuildSpec, rules: Rules) -> tuple[str, ...]:
     )
 
 
-def _make_cache(spec: BuildSpec) -> None:
-    """disk-image-create makes the directory of its cache."""
+def _make_cache(spec: BuildSpec) -> list[Problem]:
+    """Make the directory of the cache, as disk-image-create does; return why it cannot be."""
     cache = spec.image_cache
     if cache is None:
-        return
+        return []
     try:
         cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError):
+        # The plan of the build tells.
+        return []
     except OSError as error:
-        raise ToolError(
-            f"making the image cache '{cache}': {error.strerror}", hint="give another directory with --image-cache"
-        ) from error
+        return [
+            Problem(f"making the image cache '{cache}': {error.strerror}", "give another directory with --image-cache")
+        ]
+    return []
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from virt_dib.usage import Parser
 TRACING = "tracing"
 """The destination of the one option that counts how often it is given."""
 _CLEARING, _LOG = "clearing", "log"
+TEMP_DIR = "TMP_DIR"
+"""disk-image-create's variable for where the disks of a build are."""
 
 DISK_PROG, RAMDISK_PROG = "virt-disk-image-create", "virt-ramdisk-image-create"
 _DESCRIPTION = {
@@ -140,7 +142,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
     breaks, wrong = _breaks(inherited)
     command = read(given, [*mistakes, *wrong], arguments, environ)
     overwrite = environ.get("OVERWRITE_OLD_IMAGE", "0")
-    drop_in = DropIn(image_name=image_name, working_dir=Path.cwd(), keep_old=not _is_set(overwrite))
+    drop_in = DropIn(image_name=image_name, working_dir=_working_dir(), keep_old=not _is_set(overwrite))
     return DibCommand(
         spec=dataclasses.replace(
             command.spec, drop_in=drop_in, image_cache=command.spec.image_cache or _default_cache(inherited)
@@ -154,7 +156,7 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
         ],
         output=from_environment(environ, log),
         breaks=breaks,
-        temporary_dir=Path(environ["TMP_DIR"]) if environ.get("TMP_DIR") else None,
+        temporary_dir=Path(environ[TEMP_DIR]) if environ.get(TEMP_DIR) else None,
         help=given.help,
         version=given.version,
     )
@@ -162,7 +164,9 @@ def parse(arguments: Sequence[str], environ: Mapping[str, str], *, prog: str, ra
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The help of *prog*, and for those who compare it with the manual. Command lines are read by :func:`parse`."""
-    parser = Parser(prog, _DESCRIPTION[prog], _EPILOG, usage=f"{prog} {translated('[options] ELEMENT...')}")
+    parser = Parser(
+        prog, _DESCRIPTION[prog], _EPILOG, usage=f"{prog} {translated('[options] ELEMENT...')}", version=None
+    )
     parser.arguments.add_argument(
         "elements", nargs="*", metavar="ELEMENT", help=translated("such as debian-minimal, vm")
     )
@@ -236,6 +240,14 @@ def _complete(given: Given, environ: Mapping[str, str], tracing: int, *, ramdisk
 def _default_cache(environ: Mapping[str, str]) -> Path | None:
     home = environ.get("HOME")
     return Path(home) / _DEFAULT_CACHE if home else None
+
+
+def _working_dir() -> Path:
+    """Where there is none any more, there can be no build, but help."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path()
 
 
 def _is_set(text: str) -> bool:

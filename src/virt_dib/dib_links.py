@@ -14,14 +14,17 @@ from virt_dib.cli import report_errors
 from virt_dib.errors import Problem, ToolError, UsageError
 from virt_dib.plain_text import printable, write_out
 from virt_dib.translation import translated
-from virt_dib.usage import Parser
+from virt_dib.usage import Parser, named_path
 
 PROG = "virt-dib-links"
 _DESCRIPTION = (
     "Put links with the names of diskimage-builder's commands into DIRECTORY, which lead to those of virt-dib. "
     "Programs that have DIRECTORY first on their PATH build with virt-dib from then on."
 )
-_EPILOG = "Exit status: 0 when all links are there, 1 when not, 2 wrong usage."
+_EPILOG = (
+    "Exit status: 0 all links are there, or with --remove none of them, 1 one could not be made or removed, 2 wrong "
+    "usage, or one of the names is taken, and no link was made."
+)
 NAMES = ("disk-image-create", "ramdisk-image-create", "diskimage-builder")
 """diskimage-builder's commands; ours are called the same with ``virt-`` before."""
 
@@ -35,7 +38,7 @@ def build_parser() -> Parser:
     """The options, for those who compare them with the manual too."""
     parser = Parser(PROG, _DESCRIPTION, _EPILOG)
     parser.arguments.add_argument(
-        "directory", metavar="DIRECTORY", type=Path, help=translated("made if it is not there")
+        "directory", metavar="DIRECTORY", type=named_path, help=translated("made if it is not there")
     )
     parser.options.add_argument("--remove", action="store_true", help=translated("remove the links instead"))
     return parser
@@ -81,9 +84,22 @@ def _make(directory: Path) -> int:
         ) from error
     for name, command in commands.items():
         write_out(sys.stdout, f"{printable(str(directory / name))} -> {printable(str(command))}\n")
-    path = shlex.quote(str(directory.absolute()))
-    write_out(sys.stdout, f"to use them: export PATH={path}:$PATH\n")
+    write_out(sys.stdout, f"to use them: export PATH={_quoted(str(directory.absolute()))}:$PATH\n")
     return 0
+
+
+def _quoted(path: str) -> str:
+    """*path* as a word of the shell that means it, whatever it has that cannot be shown."""
+    try:
+        path.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        shown = ""
+    else:
+        shown = printable(path)
+    if shown == path:
+        return shlex.quote(path)
+    plain = {*map(chr, range(0x20, 0x7F))} - {"'", "\\"}
+    return "$'" + "".join(chr(byte) if chr(byte) in plain else f"\\{byte:03o}" for byte in os.fsencode(path)) + "'"
 
 
 def _remove(directory: Path) -> int:

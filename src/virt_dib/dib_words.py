@@ -27,6 +27,8 @@ _AUTOMATIC_SIZE = ("--size", "auto", "DIB_IMAGE_EXTRA_SIZE")
 _ONLY_THERE = {name: option for option in OPTIONS for name in option.names if name not in BY_NAME}
 """diskimage-builder's options that virt-dib has not, which messages of its drop-ins name."""
 _SETTINGS = {setting.dest: setting.variable for setting in SETTINGS}
+_TEMP_DIRS = ("LIBGUESTFS_TMPDIR", "TMPDIR")
+"""The variables for where the disks of a build are."""
 _QUOTED = r"(?<![A-Za-z])'[^']*'"
 _VARIABLE = r"--envvar (?P<variable>[A-Za-z_]\w*)(?:=(?P<text>\S+?(?=[;,:]?(?:\s|$))))?"
 _PLACEHOLDER = r"[A-Z]{2,}(?:/[A-Z]{2,})?"
@@ -46,11 +48,19 @@ class _Word:
 class Words:
     """Gives texts the words of one command; quotes stay as they are, for they are what the user has written."""
 
-    def __init__(self, said: Mapping[str, _Word], variables: Mapping[str, _Word], example: str) -> None:
+    def __init__(
+        self, said: Mapping[str, _Word], variables: Mapping[str, _Word], example: str, *, temp_dir: str | None = None
+    ) -> None:
         self._said = said
         self._variables = variables
         self._example = example
-        self._pattern = re.compile("|".join([_QUOTED, _VARIABLE, *_patterns(said)]), re.ASCII)
+        self._temp_dir = temp_dir
+        more = [] if temp_dir is None else [rf"\b(?:{'|'.join(_TEMP_DIRS)})\b"]
+        self._pattern = re.compile("|".join([_QUOTED, _VARIABLE, *more, *_patterns(said)]), re.ASCII)
+
+    def with_temp_dir(self, variable: str) -> Words:
+        """The same where *variable* says where the disks of a build are, and others do not count."""
+        return Words(self._said, self._variables, self._example, temp_dir=variable)
 
     def __call__(self, text: str) -> str:
         """*text* as the users of the command know it."""
@@ -60,6 +70,8 @@ class Words:
         if found["variable"]:
             name, value = found["variable"], found["text"]
             return name if value is None else self._variables.get(name, _Word(name, "=")).with_value(value)
+        if found[0] in _TEMP_DIRS and self._temp_dir is not None:
+            return self._temp_dir
         option, _, value = found[0].partition(" ")
         if not option.startswith("--"):
             return found[0]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from virt_dib.files import temp_dir_variable
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -24,7 +26,7 @@ def no_space_on_host(disk: Path) -> Problem:
     """For what grows as it is written, the file *disk* of a build."""
     return Problem(
         f"writing the disks of the build in '{disk.parent}': no space left on the host",
-        "free some space there, or set TMPDIR to a directory with more",
+        f"free some space there, or set {temp_dir_variable()} to a directory with more",
     )
 
 

@@ -22,7 +22,12 @@ _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 def temp_dir(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/")) -> Path:
     """Where the disks of builds are: in the directory that libguestfs takes by guestfs(3), or in ``/var/tmp``."""
-    return Path(environ.get("LIBGUESTFS_TMPDIR") or environ.get("TMPDIR") or root / "var/tmp")
+    return Path(environ.get(temp_dir_variable(environ)) or root / "var/tmp")
+
+
+def temp_dir_variable(environ: Mapping[str, str] = os.environ) -> str:
+    """The variable that says where that is, or would if it was set."""
+    return "LIBGUESTFS_TMPDIR" if environ.get("LIBGUESTFS_TMPDIR") else "TMPDIR"
 
 
 def remove_stale(directory: Path, pattern: str) -> None:

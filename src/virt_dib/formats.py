@@ -18,6 +18,7 @@ from virt_dib import archives, tools
 from virt_dib.archives import Imported
 from virt_dib.disk_images import HEAD_BYTES, format_by
 from virt_dib.errors import ElementError, ToolError, UsageError
+from virt_dib.files import temp_dir_variable
 from virt_dib.spec import COMPRESSIONS, LARGEST_DISK_BYTES, BuildSpec
 from virt_dib.tools import Command
 
@@ -189,7 +190,7 @@ def check_options(outputs: Sequence[Format], spec: BuildSpec, scratch: Path) -> 
 
 
 def _try_options(output: DiskFormat, spec: BuildSpec, scratch: Path) -> None:
-    no_room = "set TMPDIR to a directory with more room, or make some there"
+    no_room = f"set {temp_dir_variable()} to a directory with more room, or make some there"
     try:
         scratch.mkdir()
     except OSError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from virt_dib.elements import Element, is_below
 from virt_dib.errors import ElementError, Problem, ToolError
-from virt_dib.files import HOST_IS_FULL, NOT_THERE, copy_regular
+from virt_dib.files import HOST_IS_FULL, NOT_THERE, copy_regular, temp_dir_variable
 from virt_dib.spec import Phase
 
 _SCRIPT_NAME = re.compile(r"[0-9A-Za-z_-]+")
@@ -98,7 +98,7 @@ def compose(
     except OSError as error:
         raise ToolError(
             f"copying the hooks to '{into}': {error.strerror}",
-            hint="set TMPDIR to a directory with more room, or make some there",
+            hint=f"set {temp_dir_variable()} to a directory with more room, or make some there",
         ) from error
     if merge.problems:
         raise ElementError.of(merge.problems)

@@ -22,7 +22,7 @@ from typing import BinaryIO, final
 
 from virt_dib import staging, unpacking
 from virt_dib.errors import ApplianceError, ToolError, UsageError, reason_of
-from virt_dib.files import copy_content, remove_tree
+from virt_dib.files import copy_content, remove_tree, temp_dir_variable
 from virt_dib.interrupts import shielded
 
 LIMIT_BYTES = 64 * 1024**3
@@ -81,7 +81,8 @@ class ImageCache:
         except OSError as error:
             raise ToolError(
                 f"copying the image cache '{self._directory}' for the build: {reason_of(error)}",
-                hint="make room in the directory of TMPDIR, give another --image-cache, or leave it out",
+                hint=f"make room in the directory of {temp_dir_variable()}, give another --image-cache, "
+                "or leave it out",
             ) from error
 
     def receive(self) -> Received:

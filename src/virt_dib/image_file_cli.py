@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from virt_dib import __version__, batch, dib_words, image_file
+from virt_dib import batch, dib_words, image_file
 from virt_dib.batch import BatchReport, Limits, Status
 from virt_dib.cli import report_errors
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
@@ -82,7 +82,6 @@ def build_parser() -> argparse.ArgumentParser:
         help=translated("memory for the machines of all builds together (default with --jobs: what is available)"),
     )
     add("--result", metavar="FILE", help=translated("write what became of each image to FILE, as JSON"))
-    add("--version", action="version", version=f"{PROG} {__version__}", help=translated("print the version"))
     return parser
 
 
@@ -127,6 +126,8 @@ def _read(arguments: Sequence[str]) -> _Asked:
     given, unknown = build_parser().parse_known_intermixed_args(arguments[:end])
     names = [*given.files, *arguments[end + 1 :]]
     problems = [_unknown(word) for word in unknown]
+    if "" in names:
+        problems.append(Problem("cannot use an empty name for FILE", "is a shell variable unset?"))
     limits = Limits(
         jobs=_number("--jobs", given.jobs, 1, _MOST_JOBS, problems) or 1,
         cpus=_number("--cpus", given.cpus, 1, _MOST_CPUS, problems),
@@ -140,7 +141,7 @@ def _read(arguments: Sequence[str]) -> _Asked:
     if not names:
         problems.append(Problem("no file named", f"name a file that describes images: {PROG} images.yaml"))
     try:
-        images = image_file.read([Path(name) for name in names])
+        images = image_file.read([Path(name) for name in names if name])
         requests = _chosen(images.requests, given.images)
     except UsageError as error:
         problems += error.problems

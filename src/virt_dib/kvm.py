@@ -158,7 +158,7 @@ def host_kernels(root: Path = Path("/"), environ: Mapping[str, str] | None = Non
     forced = (os.environ if environ is None else environ).get("SUPERMIN_KERNEL")
     if forced:
         path = Path(forced)
-        return [Kernel(path=path, release=_release(path), has_modules=True)] if path.exists() else []
+        return [Kernel(path=path, release=_release(path), has_modules=True)] if os.path.exists(path) else []
     modules_dir = root / "lib/modules"
     with_modules = [(path, path.parent.name) for path in modules_dir.glob("*/vmlinuz")]
     in_boot = [(path, _release(path)) for path in (root / "boot").glob("vmlinu[xz]-*") if "xen" not in path.name]
@@ -259,6 +259,9 @@ def _kernel_for_trial() -> Path:
             return kernel.path
     if kernels:
         raise _Unusable(f"no trial of KVM is possible, '{kernels[0].path}' cannot be read")
+    forced = os.environ.get("SUPERMIN_KERNEL")
+    if forced:
+        raise _Unusable(f"no trial of KVM is possible, no kernel '{forced}', which SUPERMIN_KERNEL names")
     raise _Unusable("no trial of KVM is possible, no kernel was found in /boot or /lib/modules")
 
 

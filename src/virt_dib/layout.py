@@ -18,6 +18,7 @@ from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
 from virt_dib.errors import ToolError, UsageError, VirtDibError
+from virt_dib.files import temp_dir_variable
 from virt_dib.releases import NEWEST, DiskMaker, Rules
 from virt_dib.spec import LARGEST_DISK_BYTES, BuildSpec
 
@@ -298,7 +299,7 @@ def _refusal(said: str, scratch: Path) -> VirtDibError:
     if re.match(r"OSError: \[Errno (?:28|122)\]", reason):
         return ToolError(
             f"checking the block device configuration in '{scratch}': no space left",
-            hint="set TMPDIR to a directory with more room, or make some there",
+            hint=f"set {temp_dir_variable()} to a directory with more room, or make some there",
         )
     key = re.fullmatch(r"KeyError: '(?P<key>\w+)'", reason)
     if key is not None:

@@ -23,17 +23,18 @@ from virt_dib.usage import HelpFormatter
 PROG = "virt-dib"
 ON_ERROR = ("shell", "fail")
 _USAGE = "virt-dib [options] ELEMENT..."
-_DESCRIPTION = """\
-Build disk images from diskimage-builder elements. What the elements do happens
-in a small virtual machine or, if you say so, in a sandbox: no root, no loop
-devices, no traces here."""
-_EPILOG = """\
-example:
-  virt-dib --name debian --envvar DIB_RELEASE=trixie debian-minimal vm
-      writes debian.qcow2 and debian.log into the current directory
-
-Options may stand before and after the elements, and be shortened while they
-stay unique. 'virt-dib-doctor' tells what is missing on this host."""
+_DESCRIPTION = (
+    "Build disk images from diskimage-builder elements. What the elements do happens in a small virtual machine or, if "
+    "you say so, in a sandbox: no root, no loop devices, no traces here."
+)
+_EPILOG = (
+    "example:\n"
+    "  virt-dib --name debian --envvar DIB_RELEASE=trixie debian-minimal vm\n"
+    "      writes debian.qcow2 and debian.log into the current directory\n"
+    "\n"
+    "Options may stand before and after the elements, and be shortened while they stay unique. 'virt-dib-doctor' tells "
+    "what is missing on this host."
+)
 
 
 class Takes(enum.Enum):

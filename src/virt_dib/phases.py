@@ -13,6 +13,7 @@ from virt_dib import online, scripts
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, ScriptError
+from virt_dib.files import temp_dir_variable
 from virt_dib.interrupts import Limit, limited
 from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
@@ -288,7 +289,7 @@ def _full_hint(place: Runner, phase: Phase, facts: Facts) -> str | None:
     hints = {
         f"blocks {contract.TREE}": "the image is full: give it more with --size"
         if in_image
-        else "the disk that the tree is made on is full: set TMPDIR to a directory with more room",
+        else f"the disk that the tree is made on is full: set {temp_dir_variable()} to a directory with more room",
         f"inodes {contract.TREE}": "the image can have no more files: --mkfs-options '-N NUMBER' makes inodes for more"
         if in_image
         else None,

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import os
 import re
+import sys
 from typing import TextIO
+
+from virt_dib.errors import ToolError
 
 _STRING_LIMIT = 1024
 _CSI = r"(?:(?<=\x1b)\[|(?<=\x9b))[0-?]{0,64}[ -/]{0,8}"
@@ -95,19 +99,43 @@ def write_out(stream: TextIO, text: str) -> bool:
     Characters that *stream* cannot encode become question marks. After False the stream leads
     nowhere, so that the interpreter's own flush at exit does not fail either.
     """
+    return _failure(stream, text) is None
+
+
+def answer(text: str) -> None:
+    """Write *text*, which is all that was asked for, to standard output.
+
+    Raises:
+        ToolError: the host refuses it, for want of room perhaps; not where nobody reads it any more.
+    """
+    error = _failure(sys.stdout, text)
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        raise ToolError(
+            f"writing to standard output: {error.strerror}", hint="make room there, or send it elsewhere"
+        ) from error
+
+
+def fill_streams() -> None:
+    """Let standard streams that are closed lead nowhere; else the next file that is opened would be one of them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
+
+
+def _failure(stream: TextIO, text: str) -> OSError | ValueError | None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(text.encode(encoding, "replace").decode(encoding))
         stream.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:
                 os.dup2(nowhere, stream.fileno())
             finally:
                 os.close(nowhere)
-        return False
-    return True
+        return error
+    return None
 
 
 def one_line(text: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from virt_dib import archives, boot, dib, kvm, machine, sandbox, supermin, tools
 from virt_dib.errors import Problem, VirtDibError
-from virt_dib.files import temp_dir
+from virt_dib.files import temp_dir, temp_dir_variable
 from virt_dib.formats import Format, wants_engine
 from virt_dib.monitor import size_text
 from virt_dib.spec import Kvm
@@ -205,8 +205,13 @@ def checks(
     return [
         *_required(host),
         _dib(dib_library, python),
-        _space("temporary space", host.temp_dir, BUILD_SPACE_BYTES, "set TMPDIR to a directory"),
-        _space("cache space", cache, CACHE_SPACE_BYTES, "set XDG_CACHE_HOME to a directory"),
+        _space(
+            "temporary space",
+            host.temp_dir,
+            BUILD_SPACE_BYTES,
+            f"set {temp_dir_variable(host.environ)} to a directory",
+        ),
+        _space("cache space", cache, CACHE_SPACE_BYTES, "set XDG_CACHE_HOME to a directory", is_made=True),
         _kvm(wanted, cache),
         *_sandbox(),
         *(_tool(tool, host.distribution, required=False) for tool in _ELEMENT_TOOLS),
@@ -354,6 +359,14 @@ def _kernel(host: Host) -> Check:
     name = "kernel"
     kernels = kvm.host_kernels(host.root, host.environ)
     usable = [kernel for kernel in kernels if kernel.has_modules]
+    forced = host.environ.get("SUPERMIN_KERNEL")
+    if not usable and forced:
+        return Check(
+            name=name,
+            ok=False,
+            detail=f"no kernel '{forced}', which SUPERMIN_KERNEL names, needed to start the appliance",
+            hint="unset SUPERMIN_KERNEL, or set it to a kernel that is there",
+        )
     if not usable:
         detail = "no kernel with its modules in /boot and /lib/modules, needed to start the appliance"
         if kernels:
@@ -410,9 +423,10 @@ def _dib(library: Path | None, python: Path | None) -> Check:
     return Check(name=name, ok=True, detail=f"elements in {installation.elements_dir}")
 
 
-def _space(name: str, directory: Path, needed_bytes: int, advice: str) -> Check:
+def _space(name: str, directory: Path, needed_bytes: int, advice: str, *, is_made: bool = False) -> Check:
+    """*is_made*: the directory need not be there yet."""
     place = directory
-    while not place.exists() and place != place.parent:
+    while is_made and not os.path.exists(place) and place != place.parent:
         place = place.parent
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -421,7 +435,7 @@ def _space(name: str, directory: Path, needed_bytes: int, advice: str) -> Check:
         return Check(
             name=name,
             ok=False,
-            detail=f"cannot write in '{place}': {(error.strerror or str(error)).lower()}",
+            detail=f"cannot write in '{directory}': {(error.strerror or str(error)).lower()}",
             hint=f"{advice} that you can write",
         )
     free_bytes = state.f_bavail * state.f_frsize

@@ -24,6 +24,7 @@ from typing import IO
 from virt_dib import environment as contract
 from virt_dib import staging, tools, unpacking
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem, ToolError, no_space_on_host
+from virt_dib.files import temp_dir_variable
 from virt_dib.interrupts import shielded
 from virt_dib.jobs import JobResult, Tail, job_text
 from virt_dib.layout import Part
@@ -385,7 +386,7 @@ def _directory_problems(directory: Path) -> Iterator[Problem]:
     if os.statvfs(directory).f_flag & os.ST_NOEXEC:
         yield Problem(
             f"no program can be started in '{directory.parent}', which is mounted with noexec",
-            "set TMPDIR to a directory on another file system",
+            f"set {temp_dir_variable()} to a directory on another file system",
         )
 
 

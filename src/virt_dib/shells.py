@@ -11,6 +11,7 @@ from virt_dib import environment as contract
 from virt_dib.break_points import AFTER_ERROR, Breaks, after, before, problems
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, Problem, ScriptError
+from virt_dib.files import temp_dir_variable
 from virt_dib.interrupts import unlimited
 from virt_dib.jobs import Runner
 from virt_dib.machine import LONGEST_SOCKET_PATH_BYTES
@@ -40,7 +41,7 @@ def problems_of(breaks: Breaks, socket: Path) -> list[Problem]:
         found.append(
             Problem(
                 f"{breaks.asked_by} wants a socket, and '{socket}' is too long for the name of one",
-                "set TMPDIR to a directory with a shorter name",
+                f"set {temp_dir_variable()} to a directory with a shorter name",
             )
         )
     return found

@@ -16,7 +16,7 @@ from virt_dib import layout, tools
 from virt_dib.elements import Element, strange
 from virt_dib.environment import GUEST
 from virt_dib.errors import ElementError, Problem, ToolError, UsageError, VirtDibError, no_space_on_host
-from virt_dib.files import HOST_IS_FULL, NOT_THERE, copy_regular
+from virt_dib.files import HOST_IS_FULL, NOT_THERE, copy_regular, temp_dir_variable
 from virt_dib.releases import DiskMaker, PythonName, Rules
 
 BUILD_DISK_BYTES = 128 * 1024**3
@@ -50,7 +50,6 @@ LONGEST_PATH_BYTES = 1000
 cached, can have any name."""
 NO_SPACE = "No space left on device"
 """Said by mke2fs of the file that it writes; of the file system in it, it says other things."""
-_NO_ROOM_HINT = "set TMPDIR to a directory with more room, or make some there"
 _NOT_TO_COPY = ("/dev/", "/proc/", "/sys/")
 """Where directories of the host are that no element can have meant: the guest has its own."""
 
@@ -74,7 +73,10 @@ def build_disk_options() -> tuple[str, ...]:
 
 def no_room(directory: Path) -> ToolError:
     """The error for a full file system under the files of a build."""
-    return ToolError(f"gathering the files of the build in '{directory}': no space left", hint=_NO_ROOM_HINT)
+    return ToolError(
+        f"gathering the files of the build in '{directory}': no space left",
+        hint=f"set {temp_dir_variable()} to a directory with more room, or make some there",
+    )
 
 
 class Staging:

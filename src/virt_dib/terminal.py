@@ -51,10 +51,10 @@ def coloured(text: str, code: str) -> str:
     return f"\x1b[{code}m{text}\x1b[0m"
 
 
-def terminal_columns(stream: TextIO) -> int:
-    """The width of the terminal that *stream* is, else that in the variable COLUMNS, else 80."""
+def terminal_columns(stream: TextIO | None) -> int:
+    """The width of the terminal that *stream* is, else that in the variable COLUMNS, else 80. None: it is closed."""
     try:
-        columns = os.get_terminal_size(stream.fileno()).columns
+        columns = 0 if stream is None else os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):
         columns = 0
     wanted = os.environ.get("COLUMNS", "")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from virt_dib import namespaces, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError
-from virt_dib.files import remove_tree, temp_dir
+from virt_dib.files import remove_tree, temp_dir, temp_dir_variable
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
@@ -49,7 +49,7 @@ def open_workspace(parent: Path | None = None) -> Iterator[Path]:
             except OSError as error:
                 raise ToolError(
                     f"making a directory for the build in '{parent}': {error.strerror}",
-                    hint="set TMPDIR to a directory that you can write and that has space",
+                    hint=f"set {temp_dir_variable()} to a directory that you can write and that has space",
                 ) from error
         yield directory
 
