@@ -4,6 +4,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import threading
+import time
 import unicodedata
 
 import pytest
@@ -136,3 +138,23 @@ def test_an_answer_that_nobody_reads_is_no_error_and_one_without_room_is(monkeyp
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(ToolError, match="writing to standard output: No space left on device"):
             answer("x")
+
+
+def test_a_pipe_that_does_not_block_gets_all_in_the_end() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    received = bytearray()
+
+    def read() -> None:
+        while data := os.read(reader, 4096):
+            received.extend(data)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    with open(writer, "w", encoding="utf-8") as stream:
+        for _ in range(50):
+            assert write_out(stream, "ä" * 4000)
+    thread.join()
+    os.close(reader)
+    assert received.decode() == "ä" * 200_000

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import sys
 from typing import TextIO
 
@@ -123,10 +124,8 @@ def fill_streams() -> None:
 
 
 def _failure(stream: TextIO, text: str) -> OSError | ValueError | None:
-    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(text.encode(encoding, "replace").decode(encoding))
-        stream.flush()
+        _write(stream, text.encode(getattr(stream, "encoding", None) or "utf-8", "replace"))
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -136,6 +135,23 @@ def _failure(stream: TextIO, text: str) -> OSError | ValueError | None:
                 os.close(nowhere)
         return error
     return None
+
+
+def _write(stream: TextIO, data: bytes) -> None:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):
+        stream.write(data.decode(getattr(stream, "encoding", None) or "utf-8"))
+        return
+    stream.flush()
+    # Past the stream, which does not know what to do when there is no room in a pipe that does not block.
+    room = select.poll()
+    room.register(descriptor, select.POLLOUT)
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            room.poll()
 
 
 def one_line(text: str) -> str:
