@@ -203,9 +203,8 @@ class _Values:
 
 def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: tuple[str, ...]) -> BuildSpec:
     output_dir, name = values.take(lambda: _name(given.name), (Path(), _DEFAULT_NAME))
-    nothing: dict[str, str] = {}
     default_size: int | None = DEFAULT_SIZE_BYTES
-    variables = values.take(lambda: _variables(given.envvars, environ), nothing)
+    variables = _variables(given.envvars, environ, values)
 
     def asked(option: str | None, variable: str) -> str | None:
         """The option, or where there is none the variable that means the same to diskimage-builder."""
@@ -331,11 +330,13 @@ def _formats(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_each(names, lambda name: formats.select([name])[0].name)))
 
 
-def _variables(items: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in _each(items, lambda item: _variable(item, environ)) if value is not None}
+def _variables(items: Sequence[str], environ: Mapping[str, str], values: _Values) -> dict[str, str]:
+    """Those that are right, for their values may be wrong as well; *values* keeps what is wrong with the others."""
+    read = [values.take(functools.partial(_variable, item, environ), None) for item in items]
+    return {variable[0]: variable[1] for variable in read if variable is not None and variable[1] is not None}
 
 
-def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
+def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None] | None:
     name, equals, value = item.partition("=")
     check_variable(name, value)
     return name, value if equals else environ.get(name)

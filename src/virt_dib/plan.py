@@ -196,6 +196,8 @@ def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
     rules = installation.rules if installation else releases.NEWEST
     chosen = found.tell(lambda: _choose(spec, search_path, rules)) if installation else None
+    if installation is None:
+        found.tell(lambda: elements.discover(search_path))
     found.tell(lambda: _check_containers(spec, chosen or ()))
     no_image = _no_image(spec, chosen or ())
     if outputs is not None and no_image is not None:
