@@ -135,7 +135,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         valued("--fs-type", "fs_type", "TYPE", f"root file system: {', '.join(LABEL_LIMITS)} (default: ext4)"),
         valued(
             "--root-label", "root_label", "LABEL",
-            "label of the root file system (default: cloudimg-rootfs, on xfs img-rootfs)",
+            "label of the root file system (default: cloudimg-rootfs, on xfs and vfat img-rootfs)",
         ),
         valued("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
         valued(
