@@ -475,6 +475,15 @@ def test_help_wins_over_mistakes(arguments: list[str], capsys: pytest.CaptureFix
     assert capsys.readouterr() == (build_parser().format_help(), "")
 
 
+def test_elements_that_cannot_be_asked_for_are_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b c", "d\ne", "f\tg"):
+        (tmp_path / "els" / name).mkdir(parents=True)
+    assert cli.main(["--list-elements", "-p", str(tmp_path / "els")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "a" in lines
+    assert [line for line in lines if " " in line or line in ("e", "d")] == []
+
+
 def test_mistakes_beside_list_elements_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--list-elements", "--size", "x", "--wat"]) == 2
     output, errors = capsys.readouterr()

@@ -125,6 +125,7 @@ def read(
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
+    configuration.put_in_order(values.problems, settings)
     return CommandLine(
         spec=spec,
         options=options,
@@ -243,7 +244,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         ),
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
-        drive=values.take(lambda: _path("--drive", given.drive, "disk image"), None, "drive"),
+        drive=values.take(lambda: _path("--drive", given.drive), None, "drive"),
         drive_format=values.take(lambda: _drive_format(given.drive_format), None, "drive_format"),
         image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None, "image_cache"),
         extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST, "extra_data"),
@@ -404,7 +405,8 @@ def _arch(text: str | None) -> str:
     return text
 
 
-def _path(option: str, text: str | None, what: str = "directory") -> Path | None:
+def _path(option: str, text: str | None) -> Path | None:
+    what = "disk image" if option == "--drive" else "directory"
     if text is not None and (not text or "\0" in text):
         raise UsageError(f"cannot use '{text}' as the {what} of {option}", hint=f"give an existing {what}")
     return None if text is None else Path(text)

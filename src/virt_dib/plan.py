@@ -268,7 +268,8 @@ def find_elements(spec: BuildSpec) -> Mapping[str, Element]:
         VirtDibError: there is no diskimage-builder, or a directory of the search path cannot be read.
     """
     installation = dib.find_installation(spec.dib_library, spec.python)
-    return elements.discover([*spec.element_paths, installation.elements_dir], installation.rules)
+    found = elements.discover([*spec.element_paths, installation.elements_dir], installation.rules)
+    return {name: element for name, element in found.items() if elements.is_name(name)}
 
 
 @contextlib.contextmanager
