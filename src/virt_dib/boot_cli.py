@@ -173,6 +173,7 @@ def _together(checks: Iterable[Callable[[], object]]) -> None:
 def _test(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
+    tools.require_working_directory()
     _together(
         (
             lambda: _check_what(parser, options),
@@ -184,7 +185,6 @@ def _test(argv: Sequence[str] | None) -> int:
         )
     )
     options.timeout_s, options.memory_mib = _seconds(options.timeout_s), _mebibytes(options.memory_mib)
-    tools.require_working_directory()
     with interrupts():
         return _boot(options)
 
