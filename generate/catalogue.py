@@ -84,7 +84,7 @@ TOLD = Places(
         "Key": ((2,), ()),
     },
     of_errors=((0,), ("hint",)),
-    returning=re.compile(r"_line|.*hint.*|install|_failure|_refusal|_watch|_judge|_told|_unusable|_wanted"),
+    returning=re.compile(r"_line|.*hint.*|install|_failure|_refusal|_watch|_judge|_told|_unusable|_wanted|_quoted"),
     constants=re.compile(r"_?(USAGE|DESCRIPTION|EPILOG|GROUPS|.*HINT.*|.*STEPS?)|OK|LACKING|SLOW|LOW"),
     pieces=frozenset({"_line"}),
     parts=re.compile(r"where|inner|why|what"),
@@ -93,6 +93,7 @@ TOLD = Places(
 _NO_NAMES = frozenset({*keyword.kwlist, "self", "join", "str", "os", "path", "abspath", "Path"})
 OF_ARGPARSE = (
     "unrecognized arguments: {arguments}",
+    "the following arguments are required: {arguments}",
     "argument {name}: {message}",
     "argument {name}: not allowed with argument {other}",
     "expected one argument",

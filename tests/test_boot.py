@@ -262,8 +262,8 @@ def test_a_hostile_gpt_is_just_no_uefi(tmp_path: Path, first_sector: int, count:
     assert firmware_of(image) is Firmware.BIOS
 
 
-def test_an_empty_image_is_just_no_uefi(tmp_path: Path) -> None:
-    (tmp_path / "disk.img").write_bytes(b"")
+def test_a_short_image_is_just_no_uefi(tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(b"x")
     assert firmware_of(tmp_path / "disk.img") is Firmware.BIOS
 
 
@@ -300,10 +300,17 @@ def test_other_kinds_of_images(tmp_path: Path, kind: str) -> None:
 
 
 def test_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         start(tmp_path / "none.qcow2")
-    with pytest.raises(ToolError, match="no regular file"):
+    with pytest.raises(UsageError, match="no regular file"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize("image_format", [None, "raw"])
+def test_an_empty_image(tmp_path: Path, image_format: str | None) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(UsageError, match="it is empty"):
+        boot.boot_test(tmp_path / "empty", image_format=image_format, timeout_s=1, accelerate=False)
 
 
 def test_a_text_to_wait_for_that_is_no_regular_expression(disk: Disk) -> None:
@@ -350,10 +357,6 @@ def test_the_command_prints_the_console_as_it_comes(disk: Disk, capsys: pytest.C
     "arguments",
     [
         pytest.param([], id="no image"),
-        pytest.param(["--timeout", "0", "x"], id="timeout of zero"),
-        pytest.param(["--timeout", "nan", "x"], id="timeout that is no number"),
-        pytest.param(["--memsize", "1e9", "x"], id="memory"),
-        pytest.param(["--format", "vmdk", "x"], id="format"),
         pytest.param(["--uefi", "--bios", "x"], id="two firmwares"),
         pytest.param(["--kernel", "k", "--initrd", "i"], id="kernel, nothing to wait for"),
         pytest.param(["--kernel", "k", "--expect", "x"], id="kernel alone"),
@@ -364,20 +367,54 @@ def test_the_command_prints_the_console_as_it_comes(disk: Disk, capsys: pytest.C
 )
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert boot_cli.main(arguments) == 2
-    error, hint = capsys.readouterr().err.splitlines()
+    error, hint, *_ = capsys.readouterr().err.splitlines()
     assert error.startswith("virt-dib-boot-test: error: ")
     assert hint == "virt-dib-boot-test: hint: 'virt-dib-boot-test --help' lists all options"
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "hint"),
+    [
+        ("--timeout", "0", "give a number of seconds more than 0 and at most 604800"),
+        ("--timeout", "nan", "give a number of seconds more than 0 and at most 604800"),
+        ("--timeout", "9" * 19, "give a number of seconds more than 0 and at most 604800"),
+        ("--memsize", "1e9", "give a whole number of MB from 64 to 16777216"),
+        ("--memsize", "63", "give a whole number of MB from 64 to 16777216"),
+        ("--memsize", "9" * 5000, "give a whole number of MB from 64 to 16777216"),
+        ("--format", "vmdk", "choose from raw, qcow2"),
+    ],
+)
+def test_a_value_out_of_its_range(
+    option: str, text: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image").write_text("x")
+    assert boot_cli.main([option, text, str(tmp_path / "image")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"virt-dib-boot-test: error: cannot use '{text}' as the value of {option}",
+        f"virt-dib-boot-test: hint: {hint}",
+    ]
+
+
+def test_all_mistakes_of_the_command_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none = str(tmp_path / "none")
+    wrong = ["--timeout", "x", "--memsize", "y", "--expect", "(", "--initrd", none, none]
+    assert boot_cli.main(wrong) == 2
+    err = capsys.readouterr().err
+    words = ("'x'", "'y'", "'('", "are for --kernel", f"the initrd '{none}'", f"the image '{none}'")
+    assert [word for word in words if word not in err] == []
+    assert boot_cli.main(["--expect", "", none]) == 2
+    assert "error: cannot use an empty text to wait for\n" in capsys.readouterr().err
+
+
 def test_a_missing_image_is_an_error_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert boot_cli.main([str(tmp_path / "none.img")]) == 1
+    assert boot_cli.main([str(tmp_path / "none.img")]) == 2
     assert "virt-dib-boot-test: hint: give the path of a raw or qcow2 image\n" in capsys.readouterr().err
 
 
 def test_a_missing_kernel_is_an_error_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "initrd").touch()
     none = str(tmp_path / "none")
-    assert boot_cli.main(["--kernel", none, "--initrd", str(tmp_path / "initrd"), "--expect", "x"]) == 1
+    assert boot_cli.main(["--kernel", none, "--initrd", str(tmp_path / "initrd"), "--expect", "x"]) == 2
     err = capsys.readouterr().err
     assert f"error: cannot read the kernel '{none}': no such file\n" in err
     assert "virt-dib-boot-test: hint: give the path of the kernel\n" in err

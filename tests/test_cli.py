@@ -336,6 +336,41 @@ def test_value_of_a_misspelt_option_is_not_taken_for_an_element() -> None:
     assert command_line.parse(["--fromats", "raw", "vm"], {}).spec.elements == ("vm",)
     assert command_line.parse(["--fromats=raw", "vm"], {}).spec.elements == ("vm",)
     assert command_line.parse(["--skipbase", "vm"], {}).spec.elements == ("vm",)
+    assert command_line.parse(["vm", "--fromats", "raw"], {}).spec.elements == ("vm",)
+
+
+@pytest.mark.parametrize("words", [["--no-drive", "vm"], ["--no-drive", "vm", "base"], ["--fromats", "vm"]])
+def test_an_element_is_not_taken_for_the_value_of_a_misspelt_option(words: list[str]) -> None:
+    command = command_line.parse(words, {})
+    assert command.spec.elements == tuple(words[1:])
+    assert [problem.message for problem in command.problems] == [f"unknown option '{words[0]}'"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "ours"),
+    [
+        (["--image-size", "5"], "--image-size", "--size"),
+        (["--image-size=5"], "--image-size", "--size"),
+        (["-o", "x"], "-o", "--name"),
+        (["-t", "raw"], "-t", "--formats"),
+        (["-a", "arm64"], "-a", "--arch"),
+        (["-n"], "-n", "--skip-base"),
+    ],
+)
+def test_an_option_of_disk_image_create_is_told_with_our_name_for_it(words: list[str], name: str, ours: str) -> None:
+    command = command_line.parse([*words, "debian-minimal", "vm"], {})
+    hint = f"that of disk-image-create is called '{ours}' here"
+    assert command.problems == (Problem(f"unknown option '{name}'", hint),)
+    assert command.spec.elements == ("debian-minimal", "vm")
+
+
+def test_variables_that_are_right_are_read_though_others_are_not() -> None:
+    variables = ("A-B", "FS_TYPE=q", "ARCH=x y")
+    assert problems_of(*(word for one in variables for word in ("--envvar", one))) == [
+        "cannot use 'A-B' as the name of a variable in --envvar",
+        "unknown file system 'q'",
+        "cannot use 'x y' as an architecture",
+    ]
 
 
 def test_option_without_its_value() -> None:
@@ -438,6 +473,15 @@ def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_wins_over_mistakes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     assert capsys.readouterr() == (build_parser().format_help(), "")
+
+
+def test_elements_that_cannot_be_asked_for_are_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b c", "d\ne", "f\tg"):
+        (tmp_path / "els" / name).mkdir(parents=True)
+    assert cli.main(["--list-elements", "-p", str(tmp_path / "els")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "a" in lines
+    assert [line for line in lines if " " in line or line in ("e", "d")] == []
 
 
 def test_mistakes_beside_list_elements_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,8 @@ def test_the_page_has_the_words_of_a_setting(setting: Setting) -> None:
 def test_the_manual_has_all_keys_and_variables() -> None:
     text = MANUAL.read_text()
     variables = set(re.findall(r"``(VIRT_DIB_[A-Z_]+)``", text))
-    assert variables == {setting.variable for setting in SETTINGS} | {configuration.FILE_VARIABLE}
+    others = {configuration.FILE_VARIABLE, configuration.ENVIRONMENT_VARIABLE}
+    assert variables == {setting.variable for setting in SETTINGS} | others
     (listed,) = re.findall(r"^The settings are (.*?)\. Paths", text, re.MULTILINE | re.DOTALL)
     assert re.findall(r"``([a-z-]+)``", listed) == IDS
 
@@ -321,7 +322,7 @@ def test_many_mistakes_are_told_together(surroundings: dict[str, str], user: Pat
             f"in {own}:3: unknown setting 'memsise'",
             f"in {own}:6: cannot use this as 'kvm': it is neither text nor a whole number, true or false",
             f"in {system}:2: unknown setting 'name'",
-            f"in {broken}:2: this is not TOML: Cannot overwrite a value",
+            f"in {broken}:2: 'smp' is set twice",
             f"in {own}:2: unknown value of --isolation 'sandbos'",
             "cannot use 'x' as the size of the image",
             f"in {own}:4: cannot use '0' as the number of processors",
@@ -330,6 +331,27 @@ def test_many_mistakes_are_told_together(surroundings: dict[str, str], user: Pat
             f"in {system}:1: unknown compression 'xz'",
         ]
     )
+
+
+def test_mistakes_of_a_file_come_in_the_order_of_its_lines(surroundings: dict[str, str], user: Path) -> None:
+    own = write(user, 'timeout = "x"\nmemsise = 1\nsmp = 0\nkvm = []\nisolation = "sandbos"\n')
+    of_file = [message for message in told(surroundings, "--size", "x") if message.startswith(f"in {own}:")]
+    assert [message.removeprefix(f"in {own}:").partition(":")[0] for message in of_file] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ('smp = 2\n"smp" = 3\n', 2, "smp"),
+        ('kvm = "on"\nsmp = 2\nkvm = [\n"auto",\n"on"]\nmemsize = 1\n', 3, "kvm"),
+        ("smp = 2\nsmp = 3", 2, "smp"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named(
+    surroundings: dict[str, str], user: Path, text: str, line: int, key: str
+) -> None:
+    own = write(user, text)
+    assert told(surroundings) == [f"in {own}:{line}: '{key}' is set twice"]
 
 
 WRONG = {

@@ -96,10 +96,13 @@ def test_zstd_is_tried_with_the_options(tmp_path: Path) -> None:
     check_options(["qcow2"], "compat=0.10", tmp_path / "scratch", compression="zstd", compress=False)
 
 
-def test_a_data_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["data_file=DATA", "backing_file=DATA,backing_fmt=raw", "backing_fmt=raw"])
+@pytest.mark.parametrize("output", ["qcow2", "vmdk"])
+def test_what_makes_an_image_that_needs_another_file_is_refused(tmp_path: Path, output: str, option: str) -> None:
     (tmp_path / "data").write_text("precious")
-    with pytest.raises(UsageError, match="for qcow2: an image with a data file is more than one file"):
-        check_options(["qcow2"], f"compat=1.1,data_file={tmp_path}/data", tmp_path / "scratch")
+    name = option.partition("=")[0]
+    with pytest.raises(UsageError, match=f"for {output}: with {name} an image is more than one file"):
+        check_options([output], option.replace("DATA", f"{tmp_path}/data"), tmp_path / "scratch")
     assert (tmp_path / "data").read_text() == "precious"
 
 

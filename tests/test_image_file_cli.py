@@ -28,6 +28,7 @@ from virt_dib.image_file import KEYS
 
 ROOT = TESTS.parent
 CHILD = [sys.executable, str(TESTS / "data" / "image_child.py")]
+ELEMENTS = {"elements": ["vm"]}
 _LIMIT_S = 120
 _PROGRAM = """\
 import json, sys
@@ -67,7 +68,7 @@ class Here:
     def images(self, **images: Mapping[str, str]) -> str:
         """The name of a file with these images and the variables of their builds."""
         entries = [
-            {"imagename": name, "environment": {"CHILD_NAME": name, **environment}}
+            {"imagename": name, "environment": {"CHILD_NAME": name, **environment}, **ELEMENTS}
             for name, environment in images.items()
         ]
         return self.write("images.yaml", json.dumps(entries)).name
@@ -145,10 +146,13 @@ THEIRS = re.compile(r"bash \S*/(?:disk-image-create|(?P<ramdisk>ramdisk-image-cr
     "contents",
     [
         ["- imagename: a\n  elements: [x, y]\n"],
-        ["- imagename: a\n  ramdisk: true\n  environment: {B: '2 3', A: \"it's\", C: ''}\n  debug-trace: 2\n"],
-        ["- imagename: a\n  elements: [x]\n", "- elements: [y]\n- imagename: b\n  mkfs-options: -i 1 -O 'a b'\n"],
-        ["- imagename: a\n- imagename: b\n- imagename: a\n  types: [qcow2, raw]\n  packages: [p, q]\n"],
-        ["- {}\n"],
+        ["- elements: [x]\n  ramdisk: true\n  environment: {B: '2 3', A: \"it's\", C: ''}\n  debug-trace: 2\n"],
+        [
+            "- imagename: a\n  elements: [x]\n",
+            "- elements: [y]\n- imagename: b\n  mkfs-options: -i 1 -O 'a b'\n  elements: [z]\n",
+        ],
+        ["- imagename: a\n- {imagename: b, elements: [x]}\n- {imagename: a, types: [qcow2, raw], elements: [y]}\n"],
+        ["- {elements: [x]}\n"],
         ["[]\n"],
     ],
 )
@@ -233,13 +237,13 @@ def test_builds_get_arguments_and_the_environment(here: Here) -> None:
     here.write(
         "a.yaml",
         '- imagename: a b\n  ramdisk: true\n  environment: {CHILD_NAME: a, OWN: "x\\ny", SHARED: image, a-b: c}\n'
-        "  elements: ['', e]\n- imagename: b\n  environment: {CHILD_NAME: b}\n",
+        "  elements: ['', e]\n- imagename: b\n  environment: {CHILD_NAME: b}\n  elements: [e]\n",
     )
     result = here.run("a.yaml", SHARED="process", INHERITED="yes")
     assert result.exit_status == 0
     a, b = here.note("a"), here.note("b")
     assert a["arguments"] == [batch.OF_FILES, batch.AS_RAMDISK, "-o", "a b", "", "e"]
-    assert b["arguments"] == [batch.OF_FILES, "-o", "b"]
+    assert b["arguments"] == [batch.OF_FILES, "-o", "b", "e"]
     told = {name: a["environment"].get(name) for name in ("OWN", "SHARED", "INHERITED", "a-b", batch.CPUS_VARIABLE)}
     assert told == {"OWN": "x\ny", "SHARED": "image", "INHERITED": "yes", "a-b": "c", batch.CPUS_VARIABLE: None}
     assert (b["environment"]["SHARED"], "OWN" in b["environment"]) == ("process", False)
@@ -261,8 +265,9 @@ def test_a_dry_run_can_be_pasted(here: Here) -> None:
             "environment": {"CHILD_NAME": "a", "ODD": odd, "a-b": "1"},
             "mkfs-options": "-O 'x y'",
             "ramdisk": True,
+            "elements": ["x"],
         },
-        {"imagename": "b", "environment": {"CHILD_NAME": "b", "ODD": odd}},
+        {"imagename": "b", "environment": {"CHILD_NAME": "b", "ODD": odd}, "elements": ["x"]},
     ]
     here.write("a.yaml", json.dumps(entries))
     printed = here.run("--dry-run", "a.yaml").stderr
@@ -281,7 +286,7 @@ def test_a_dry_run_can_be_pasted(here: Here) -> None:
 def test_each_command_is_shown_before_its_build(here: Here) -> None:
     name = here.images(a={"CHILD_ERR": "of a\\n"}, b={"CHILD_ERR": "of b\\n"})
     lines = here.run(name).stderr.splitlines()
-    a, b = shlex.join(CHILD) + " -o a", shlex.join(CHILD) + " -o b"
+    a, b = shlex.join(CHILD) + " -o a vm", shlex.join(CHILD) + " -o b vm"
     assert [line.split("CHILD_ERR='of ")[0].split(" ", 1)[0] for line in lines] == [
         "CHILD_NAME=a", "", "of", "CHILD_NAME=b", "", "of"
     ]  # fmt: skip
@@ -289,7 +294,8 @@ def test_each_command_is_shown_before_its_build(here: Here) -> None:
 
 
 def test_the_log_of_a_build_that_cannot_be_started(here: Here) -> None:
-    here.write("a.yaml", json.dumps([{"imagename": "x" * (1 << 18)}, {"environment": {}, "imagename": "b"}]))
+    images = [{"imagename": name, "elements": ["vm"]} for name in ("x" * (1 << 18), "b")]
+    here.write("a.yaml", json.dumps(images))
     result = here.run("a.yaml", "--result", "result.json")
     assert result.exit_status == 1
     assert "failed: cannot start '" in result.stderr
@@ -454,10 +460,11 @@ def test_a_line_without_end_is_cut(here: Here) -> None:
     assert "".join(line[4:] for line in lines) == "x" * 3_000_000 + "end"
 
 
-def test_an_image_with_an_odd_name_has_one_line(here: Here) -> None:
-    here.write("a.yaml", '- imagename: "a\\n\\e[31mb"\n  environment: {CHILD_OUT: "hello"}\n')
+def test_an_image_with_an_odd_name_is_refused_in_one_line(here: Here) -> None:
+    here.write("a.yaml", '- imagename: "a\\n\\e[31mb"\n  environment: {CHILD_OUT: "hello"}\n  elements: [vm]\n')
     result = here.run("a.yaml", "--jobs", "2")
-    assert result.stdout == "a b | hello\n"
+    assert (result.exit_status, here.started()) == (2, set())
+    assert len([line for line in result.stderr.splitlines() if "cannot use 'a b' as the name" in line]) == 1
     assert "\x1b" not in result.stderr
 
 
@@ -537,9 +544,9 @@ def test_all_failures_are_told_at_the_end(here: Here) -> None:
     here.write(
         "a.yaml",
         json.dumps([
-            {"imagename": "a", "environment": {"CHILD_NAME": "a", "CHILD_EXIT": "3"}, "logfile": "a.log"},
-            {"imagename": "b", "environment": {"CHILD_NAME": "b", "CHILD_SIGNAL": "9"}},
-            {"imagename": "c", "environment": {"CHILD_NAME": "c"}},
+            {"imagename": "a", "environment": {"CHILD_NAME": "a", "CHILD_EXIT": "3"}, "logfile": "a.log", **ELEMENTS},
+            {"imagename": "b", "environment": {"CHILD_NAME": "b", "CHILD_SIGNAL": "9"}, **ELEMENTS},
+            {"imagename": "c", "environment": {"CHILD_NAME": "c"}, **ELEMENTS},
         ]),
     )  # fmt: skip
     result = here.run("a.yaml")
@@ -558,9 +565,9 @@ def test_the_result(here: Here, jobs: str) -> None:
     here.write(
         "a.yaml",
         json.dumps([
-            {"imagename": "a", "environment": {"CHILD_NAME": "a"}, "logfile": "logs/a.log"},
-            {"imagename": "b", "environment": {"CHILD_NAME": "b", "CHILD_EXIT": "4"}, "ramdisk": True},
-            {"imagename": "\u65e5"},
+            {"imagename": "a", "environment": {"CHILD_NAME": "a"}, "logfile": "logs/a.log", **ELEMENTS},
+            {"imagename": "b", "environment": {"CHILD_NAME": "b", "CHILD_EXIT": "4"}, "ramdisk": True, **ELEMENTS},
+            {"imagename": "\u65e5", **ELEMENTS},
         ]),
     )  # fmt: skip
     assert here.run("a.yaml", "--result", "result.json", "--jobs", jobs).exit_status == 1
@@ -666,6 +673,27 @@ def test_all_mistakes_are_told_together(here: Here) -> None:
     assert here.started() == set()
 
 
+def test_what_a_build_would_refuse_is_told_with_what_is_wrong_in_the_files(here: Here) -> None:
+    wrong = {
+        "a": "  image: x\n  environment: {VIRT_DIB_FOO: '1', VIRT_DIB_SMP: x, VIRT_DIB_ISOLATION: foo}\n",
+        "b": "  root-label: a b\n  mkfs-options: -O 'x\n  types: [aci]\n  elements: [vm]\n",
+    }
+    here.write("a.yaml", "".join(f"- imagename: {name}\n{keys}" for name, keys in wrong.items()))
+    here.write("b.yaml", "- imagename: c\n")
+    result = here.run("--dry-run", "a.yaml")
+    assert result.exit_status == 2
+    assert [line.partition(" error: ")[2] for line in result.stderr.splitlines() if " error: " in line] == [
+        "a.yaml:2: unknown key 'image'",
+        "a.yaml:1: 'a': unknown variable VIRT_DIB_FOO",
+        "a.yaml:1: 'a': in VIRT_DIB_ISOLATION: unknown value of VIRT_DIB_ISOLATION 'foo'",
+        "a.yaml:1: 'a': in VIRT_DIB_SMP: cannot use 'x' as the number of processors",
+        "a.yaml:4: 'b': cannot use 'a b' as the root label",
+        "a.yaml:4: 'b': unknown format 'aci'",
+        "a.yaml:4: 'b': cannot use '-O 'x' as mkfs-options: a quote or backslash in it has no end",
+    ]
+    assert "b.yaml:1: 'c': no element named\n" in here.run("--dry-run", "b.yaml").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
@@ -702,7 +730,7 @@ def test_a_file_may_have_any_name(here: Here) -> None:
 
 def test_options_may_stand_after_and_between_files(here: Here) -> None:
     first = here.images(a={})
-    here.write("b.yaml", "- imagename: b\n  environment: {CHILD_NAME: b}\n")
+    here.write("b.yaml", "- imagename: b\n  environment: {CHILD_NAME: b}\n  elements: [vm]\n")
     assert here.run(first, "--stop-on-failure", "b.yaml", "--jobs=1").exit_status == 0
     assert here.started() == {"a", "b"}
 

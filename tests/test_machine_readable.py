@@ -250,8 +250,14 @@ def test_a_bad_format_is_told_with_the_other_mistakes(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     run = virt_dib(["--machine-readable=file:missing/there"], cwd=tmp_path)
-    assert (run.exit_status, run.stdout) == (1, "")
+    assert (run.exit_status, run.stdout) == (2, "")
     assert "opening 'missing/there' for --machine-readable: No such file or directory" in run.stderr
+
+
+def test_a_file_that_cannot_be_opened_is_told_with_the_other_mistakes(tmp_path: Path) -> None:
+    run = virt_dib(["--machine-readable=file:missing/there", *WRONG], cwd=tmp_path)
+    assert (run.exit_status, run.stdout) == (2, "")
+    assert all(word in run.stderr for word in ("'missing/there'", "--wat", "5Q", "no-such-element"))
 
 
 def test_a_full_disk_is_one_error_and_the_end_of_writing() -> None:

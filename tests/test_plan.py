@@ -208,6 +208,55 @@ def test_numbers_and_files_of_the_host_in_one_message(place: Path) -> None:
     assert all(word in text for word in ("'lots'", "'some'", "cannot show '/'"))
 
 
+def test_what_needs_no_elements_is_told_with_one_that_is_not_there(place: Path) -> None:
+    variables = {
+        "DIB_IMAGE_SIZE": "big", "DIB_IMAGE_EXTRA_SIZE": "-", "DIB_JOURNAL_SIZE": "u", "MAX_ONLINE_RESIZE": "far",
+        "DIB_CONTAINER_CONTEXT": "/",
+    }  # fmt: skip
+    host = {"SSL_CERT_FILE": str(place / "nothing")}
+    text = str(refused(place, host, size_bytes=None, variables=variables, elements=("nonel",)))
+    words = ("'big'", "'-'", "'u'", "'far'", "cannot show '/'", f"'{place}/nothing'", "'nonel'")
+    assert [word for word in words if word not in text] == []
+
+
+def test_a_search_path_is_looked_at_without_diskimage_builder(place: Path) -> None:
+    error = refused(place, element_paths=(place / "nothing",), dib_library=place / "nowhere")
+    assert [word for word in ("/nothing'", "/nowhere'") if word not in str(error)] == []
+
+
+@pytest.mark.parametrize(
+    ("fs_type", "label"), [("ext4", "cloudimg-rootfs"), ("xfs", "img-rootfs"), ("vfat", "IMG-ROOTFS")]
+)
+def test_each_file_system_has_a_default_label_that_it_can_hold(place: Path, fs_type: str, label: str) -> None:
+    devices = planned(place, fs_type=fs_type, elements=("one",)).layout.block_devices
+    assert (devices.root_label, devices.root_fstype) == (label, fs_type)
+
+
+def test_what_has_no_effect_is_told(place: Path) -> None:
+    make_element(place / "elements", "two", {}, depends=["three", "four"])
+    make_element(place / "elements", "three", {"install.d/60-y": "#!/bin/bash\n"})
+    without_effect = planned(
+        place,
+        elements=("one", "two"),
+        excluded_elements=frozenset({"four", "tpyo"}),
+        excluded_scripts=frozenset({"50-x", "50-tpyo"}),
+        drive_format="raw",
+        docker_target="a:b",
+        ramdisk_element="dracut-ramdisk",
+    )
+    assert without_effect.warnings == (
+        "without --ramdisk, the ramdisk element 'dracut-ramdisk' is not added",
+        "--exclude-element has no effect: nothing asks for an element 'tpyo'",
+        "--exclude-script has no effect: no element has a script '50-tpyo'",
+        "without --drive, --drive-format has no effect",
+        "without the format docker or oci, --docker-target names no image",
+    )
+
+
+def test_the_name_of_an_image_for_containers_has_an_effect(place: Path) -> None:
+    assert planned(place, formats=("oci",), docker_target="a:b").warnings == ()
+
+
 # ---- on hosts that refuse ----
 
 MAKE_PLAN = """
@@ -256,6 +305,15 @@ def test_a_directory_that_may_not_be_written(place: Path) -> None:
     (first, *_) = plan_by(before, place, "/", "/")
     assert first.startswith("UsageError")
     assert "cannot write the image in '/': no right to write in it" in first
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_directory_that_may_not_be_entered_is_told_once(place: Path) -> None:
+    (place / "out").chmod(0o700)
+    setpriv = str(tools.require("setpriv", purpose="run the tests", package="util-linux"))
+    before = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups"]
+    said = plan_by(before, place, "/", place / "out")
+    assert len([line for line in said if f"'{place}/out" in line]) == 1
 
 
 def test_the_build_takes_no_more_processors_than_eight(place: Path) -> None:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from virt_dib import tools
 from virt_dib.errors import UsageError
-from virt_dib.spec import LABEL_LIMITS, check_label, parse_size
+from virt_dib.spec import LABEL_LIMITS, check_label, check_name, parse_size
 
 
 @pytest.mark.parametrize("label", ["cloudimg-rootfs", "x", "a.b_c+d:e=f", "1", "~", "x-", "#x"])
@@ -39,6 +40,12 @@ def test_labels_that_will_do(label: str) -> None:
 def test_labels_that_will_not(label: str) -> None:
     with pytest.raises(UsageError, match="as the root label"):
         check_label(label, "")
+
+
+def test_a_name_that_is_not_utf_8_is_refused_for_that() -> None:
+    with pytest.raises(UsageError, match="as the name of the image: it is not UTF-8") as caught:
+        check_name(os.fsdecode(b"a\xff"))
+    assert "control characters" not in (caught.value.problems[0].hint or "")
 
 
 @pytest.mark.parametrize(("fs_type", "limit"), LABEL_LIMITS.items())

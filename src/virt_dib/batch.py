@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from virt_dib import configuration, masking, tools
+from virt_dib import configuration, dib_command, masking, tools
 from virt_dib.errors import Interrupted, Problem, ToolError
 from virt_dib.events import now
 from virt_dib.image_file import ImageRequest
@@ -42,6 +42,7 @@ AS_RAMDISK = "--virt-dib-as=ramdisk-image-create"
 OF_FILES = "--virt-dib-for=diskimage-builder"
 """An argument before all others, of builds that are run here: they speak of keys in files, not of options."""
 MEMORY_VARIABLE, CPUS_VARIABLE = "VIRT_DIB_MEMSIZE", "VIRT_DIB_SMP"
+_ANY_ELEMENT = "debian-minimal"
 VERSION = 1
 """Of the result's form; new fields do not change it."""
 _END_TIMEOUT_S = 30.0
@@ -174,18 +175,21 @@ def _settings(request: ImageRequest) -> configuration.Settings:
     return configuration.settings({**os.environ, **request.environment})
 
 
-def problems(requests: Iterable[ImageRequest], limits: Limits) -> list[Problem]:
-    """Settings that builds would refuse, and images that do not fit into limits that were given, even alone."""
-    common = configuration.settings(os.environ).problems
+def problems(requests: Iterable[ImageRequest], limits: Limits, *, complete: bool = True) -> list[Problem]:
+    """What builds would refuse as it is written, and images that do not fit into limits that were given, even alone.
+
+    Unless they are *complete*, requests may lack their elements.
+    """
+    common = _refused((_ANY_ELEMENT,), {}, ramdisk=False)
     found = list(common)
     for request in requests:
-        settings = _settings(request)
+        arguments = request.arguments if complete else (*request.arguments, _ANY_ELEMENT)
         found += [
             Problem(f"{request.origin}: '{request.name}': {problem.message}", problem.hint)
-            for problem in settings.problems
+            for problem in _refused(arguments, request.environment, ramdisk=request.ramdisk)
             if problem not in common
         ]
-        needs = _Needs.of(settings.values)
+        needs = _Needs.of(_settings(request).values)
         for option, variable, most, wanted in (
             ("--cpus", CPUS_VARIABLE, limits.cpus, needs.cpus or 1),
             ("--memory", MEMORY_VARIABLE, limits.memory_mib, needs.memory_mib),
@@ -194,6 +198,12 @@ def problems(requests: Iterable[ImageRequest], limits: Limits) -> list[Problem]:
                 message = f"{request.origin}: building '{request.name}' takes {wanted}, and {option} is {most}"
                 found.append(Problem(message, f"raise {option}, or set {variable} for this image"))
     return found
+
+
+def _refused(arguments: Sequence[str], environment: Mapping[str, str], *, ramdisk: bool) -> Sequence[Problem]:
+    """What is wrong with the command of a build, and with its variables."""
+    prog = dib_command.RAMDISK_PROG if ramdisk else dib_command.DISK_PROG
+    return dib_command.parse(arguments, {**os.environ, **environment}, prog=prog, ramdisk=ramdisk).problems
 
 
 def _number(text: str) -> int:

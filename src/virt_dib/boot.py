@@ -108,14 +108,14 @@ def boot_test(
     *on_line* gets each line of the console, without control characters.
 
     Raises:
-        UsageError: *expect* is no regular expression, or the image is of another kind than raw and qcow2,
-            or needs other files.
+        UsageError: *expect* is no regular expression, or there is no image, an empty one, or one of another kind than
+            raw and qcow2 or that needs other files.
         PrerequisiteError: qemu or the firmware is not installed.
         ToolError: the image cannot be read, or qemu failed.
     """
-    console = _Console(_compiled(expect), on_line)
+    console = _Console(compiled(expect), on_line)
+    disk_format = probe_format(image, image_format)
     qemu = tools.require(_QEMU, purpose="start the image", package="qemu-system-x86")
-    disk_format = image_format or probe_format(image)
     with _private_dir() as directory:
         table = partition_table(image, disk_format, directory)
         if firmware is None:
@@ -145,15 +145,15 @@ def boot_kernel(
     *arguments* follow ``console=ttyS0`` on the kernel's command line.
 
     Raises:
-        UsageError: *expect* is no regular expression.
+        UsageError: *expect* is no regular expression, or a file is not there.
         PrerequisiteError: qemu is not installed.
         ToolError: a file cannot be read, or qemu failed: *kernel* may be none.
     """
-    console = _Console(_compiled(expect), on_line)
+    console = _Console(compiled(expect), on_line)
     qemu = tools.require(_QEMU, purpose="start the kernel", package="qemu-system-x86")
     with _private_dir() as directory:
         for name, path in (("kernel", kernel), ("initrd", initrd)):
-            _head(path, 1, what=name)
+            check_file(path, name)
             # Names of ours: what qemu makes of a comma in one depends on the kind of kernel.
             (directory / name).symlink_to(path.absolute())
         command = [
@@ -166,7 +166,14 @@ def boot_kernel(
         return _started(command, directory, console, timeout_s, Firmware.NONE)
 
 
-def _compiled(expect: str) -> re.Pattern[str]:
+def compiled(expect: str) -> re.Pattern[str]:
+    """The text to wait for.
+
+    Raises:
+        UsageError: *expect* is empty, which all output has, or no regular expression.
+    """
+    if not expect:
+        raise UsageError("cannot use an empty text to wait for", hint=f"leave out --expect for '{DEFAULT_EXPECT}'")
     try:
         return re.compile(expect)
     except re.error as error:
@@ -175,14 +182,17 @@ def _compiled(expect: str) -> re.Pattern[str]:
         ) from error
 
 
-def probe_format(image: Path) -> str:
-    """``raw`` or ``qcow2``, by the first bytes of *image*.
+def probe_format(image: Path, wanted: str | None = None) -> str:
+    """*wanted*, or else ``raw`` or ``qcow2``, by the first bytes of *image*.
 
     Raises:
-        UsageError: a disk image of another kind.
+        UsageError: there is no such file, or it is empty or a disk image of another kind.
         ToolError: it cannot be read.
     """
-    found = format_by(_head(image, HEAD_BYTES))
+    head = _head(image, HEAD_BYTES)
+    if not head:
+        raise UsageError(f"cannot boot '{image}': it is empty", hint="give the image that a build has completed")
+    found = wanted or format_by(head)
     if found not in FORMATS:
         raise UsageError(
             f"cannot boot '{image}': it is a {found.upper()} image",
@@ -194,12 +204,22 @@ def probe_format(image: Path) -> str:
 # ---- the image ----
 
 
+def check_file(path: Path, what: str) -> None:
+    """Refuse what cannot be the kernel or the initrd, *what* says which.
+
+    Raises:
+        UsageError: there is no such file.
+        ToolError: it cannot be read.
+    """
+    _head(path, 1, what=what)
+
+
 def _head(path: Path, size_bytes: int, *, what: str = "image") -> bytes:
     try:
         if not path.is_file():
             why = "it is no regular file" if path.exists() else "no such file"
             kind = "a raw or qcow2 image" if what == "image" else f"the {what}"
-            raise ToolError(f"cannot read the {what} '{path}': {why}", hint=f"give the path of {kind}")
+            raise UsageError(f"cannot read the {what} '{path}': {why}", hint=f"give the path of {kind}")
         with path.open("rb") as stream:
             return stream.read(size_bytes)
     except OSError as error:

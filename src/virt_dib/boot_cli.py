@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from virt_dib import boot, kvm, tools
 from virt_dib.boot import BootResult, Firmware
 from virt_dib.cli import report_errors
 from virt_dib.command_line import wanted_kvm
-from virt_dib.errors import VirtDibError
+from virt_dib.errors import Problem, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
 from virt_dib.plain_text import printable, write_out
 from virt_dib.supermin import cache_dir
@@ -26,7 +26,7 @@ _DESCRIPTION = (
 _EPILOG = "Exit status: 0 it came up, 1 it did not, 2 wrong usage, 130 interrupted."
 _LONGEST_WAIT_S = 7 * 24 * 3600
 _LEAST_MEMORY_MIB = 64
-_MEMORY_DIGITS = 7
+_MOST_MEMORY_MIB = 1 << 24
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def build_parser() -> Parser:
     options.add_argument(
         "--format",
         dest="image_format",
-        choices=boot.FORMATS,
+        metavar="FORMAT",
         help=translated("format of the image (default: by its content)"),
     )
     _add_waiting(options)
@@ -84,8 +84,7 @@ def _add_waiting(options: argparse._ArgumentGroup) -> None:
         "--timeout",
         dest="timeout_s",
         metavar="SECONDS",
-        type=_seconds,
-        default=boot.DEFAULT_TIMEOUT_S,
+        default=f"{boot.DEFAULT_TIMEOUT_S:g}",
         help=translated(f"how long to wait (default: {boot.DEFAULT_TIMEOUT_S:g})"),
     )
     options.add_argument(
@@ -97,8 +96,7 @@ def _add_waiting(options: argparse._ArgumentGroup) -> None:
         "--memsize",
         dest="memory_mib",
         metavar="MB",
-        type=_mebibytes,
-        default=boot.DEFAULT_MEMORY_MIB,
+        default=str(boot.DEFAULT_MEMORY_MIB),
         help=translated(f"memory of the virtual machine (default: {boot.DEFAULT_MEMORY_MIB})"),
     )
 
@@ -116,28 +114,76 @@ def _check_what(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("--kernel needs --initrd, and --expect with what the initramfs prints")
 
 
+def _check_format(text: str | None) -> None:
+    if text is not None and text not in boot.FORMATS:
+        raise UsageError(f"cannot use '{text}' as the value of --format", hint=f"choose from {', '.join(boot.FORMATS)}")
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0
     if not 0 < value <= _LONGEST_WAIT_S:
-        raise argparse.ArgumentTypeError(f"cannot use '{text}', give a number of seconds more than 0")
+        raise UsageError(
+            f"cannot use '{text}' as the value of --timeout",
+            hint=f"give a number of seconds more than 0 and at most {_LONGEST_WAIT_S}",
+        )
     return value
 
 
 def _mebibytes(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdecimal() and len(text) <= _MEMORY_DIGITS else 0
-    if value < _LEAST_MEMORY_MIB:
-        raise argparse.ArgumentTypeError(f"cannot use '{text}', give a whole number of MB from {_LEAST_MEMORY_MIB}")
+    value = int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST_MEMORY_MIB)) else 0
+    if not _LEAST_MEMORY_MIB <= value <= _MOST_MEMORY_MIB:
+        raise UsageError(
+            f"cannot use '{text}' as the value of --memsize",
+            hint=f"give a whole number of MB from {_LEAST_MEMORY_MIB} to {_MOST_MEMORY_MIB}",
+        )
     return value
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Both those of a kernel, or the image, if its format is not what is wrong.
+
+    Raises:
+        UsageError: they are not there, or cannot be started; all that is wrong with them.
+    """
+    checks: list[Callable[[], object]] = []
+    if options.kernel is not None:
+        checks.append(lambda: boot.check_file(options.kernel, "kernel"))
+    if options.initrd is not None:
+        checks.append(lambda: boot.check_file(options.initrd, "initrd"))
+    if options.image is not None and options.image_format in (None, *boot.FORMATS):
+        checks.append(lambda: boot.probe_format(options.image, options.image_format))
+    _together(checks)
+
+
+def _together(checks: Iterable[Callable[[], object]]) -> None:
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except VirtDibError as error:
+            problems += error.problems
+    if problems:
+        raise UsageError.of(problems)
 
 
 def _test(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
-    _check_what(parser, options)
     tools.require_working_directory()
+    _together(
+        (
+            lambda: _check_what(parser, options),
+            lambda: _check_format(options.image_format),
+            lambda: _seconds(options.timeout_s),
+            lambda: _mebibytes(options.memory_mib),
+            lambda: None if options.expect is None else boot.compiled(options.expect),
+            lambda: _check_files(options),
+        )
+    )
+    options.timeout_s, options.memory_mib = _seconds(options.timeout_s), _mebibytes(options.memory_mib)
     with interrupts():
         return _boot(options)
 
@@ -179,7 +225,7 @@ def _start(options: argparse.Namespace, *, accelerate: bool) -> BootResult:
         options.image,
         firmware=options.firmware,
         image_format=options.image_format,
-        expect=options.expect or boot.DEFAULT_EXPECT,
+        expect=boot.DEFAULT_EXPECT if options.expect is None else options.expect,
         timeout_s=options.timeout_s,
         memory_mib=options.memory_mib,
         accelerate=accelerate,

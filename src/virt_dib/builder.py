@@ -339,8 +339,6 @@ class _Build:
         spec, no_image = self._plan.spec, self._plan.no_image
         if no_image is not None and spec.drop_in is None:
             self._monitor.message(f"no image is written, whatever --formats says, because of {no_image}")
-        if spec.ramdisk_element is not None and not spec.ramdisk:
-            self._monitor.warning(f"without --ramdisk, the ramdisk element '{spec.ramdisk_element}' is not added")
 
     def _check_left(self, names: Sequence[str]) -> None:
         """Tell of files that a user will look for in ``NAME.d`` and that the elements have not left.

@@ -7,13 +7,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from virt_dib import configuration, tools
 from virt_dib.command_line import CommandLine, parse
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
 from virt_dib.events import Listener, to_all
 from virt_dib.interrupts import interrupts
-from virt_dib.machine_readable import STDERR, STDOUT, Target, features, open_lines
+from virt_dib.machine_readable import STDERR, STDOUT, Lines, Target, features, open_lines
 from virt_dib.masking import Mask
 from virt_dib.monitor import Display, summary
 from virt_dib.options import PROG
@@ -81,11 +82,11 @@ def _run(command: CommandLine) -> int:
         display = Display(people, quiet=options.quiet, verbose=options.verbose, style=options.style)
         listeners: list[Listener] = [stack.enter_context(display)]
         if target is not None:
-            lines = stack.enter_context(open_lines(target))
-            if _asks_for_features(command):
+            command, lines = _opened(command, target, stack)
+            if lines is not None and _asks_for_features(command):
                 lines.write(features())
                 return 0
-            listeners.append(lines)
+            listeners += [] if lines is None else [lines]
         try:
             report = _build(command, to_all(listeners))
         except (VirtDibError, Interrupted) as error:
@@ -95,6 +96,14 @@ def _run(command: CommandLine) -> int:
     if not options.quiet:
         write_out(people, "\n" + summary(report))
     return 0
+
+
+def _opened(command: CommandLine, target: Target, stack: contextlib.ExitStack) -> tuple[CommandLine, Lines | None]:
+    """Where lines of JSON go, for as long as *stack* lasts; or *command* with one problem more."""
+    try:
+        return command, stack.enter_context(open_lines(target))
+    except UsageError as error:
+        return replace(command, problems=(*command.problems, *error.problems)), None
 
 
 def _asks_for_features(command: CommandLine) -> bool:

@@ -125,6 +125,7 @@ def read(
         answer=_answer(given),
     )
     spec = _spec(given, values, environ, tuple(arguments))
+    configuration.put_in_order(values.problems, settings)
     return CommandLine(
         spec=spec,
         options=options,
@@ -203,9 +204,8 @@ class _Values:
 
 def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: tuple[str, ...]) -> BuildSpec:
     output_dir, name = values.take(lambda: _name(given.name), (Path(), _DEFAULT_NAME))
-    nothing: dict[str, str] = {}
     default_size: int | None = DEFAULT_SIZE_BYTES
-    variables = values.take(lambda: _variables(given.envvars, environ), nothing)
+    variables = _variables(given.envvars, environ, values)
 
     def asked(option: str | None, variable: str) -> str | None:
         """The option, or where there is none the variable that means the same to diskimage-builder."""
@@ -244,7 +244,7 @@ def _spec(given: Given, values: _Values, environ: Mapping[str, str], arguments: 
         ),
         excluded_elements=values.take(lambda: _names("--exclude-element", given.excluded_elements), frozenset()),
         excluded_scripts=values.take(lambda: _names("--exclude-script", given.excluded_scripts), frozenset()),
-        drive=values.take(lambda: _path("--drive", given.drive, "disk image"), None, "drive"),
+        drive=values.take(lambda: _path("--drive", given.drive), None, "drive"),
         drive_format=values.take(lambda: _drive_format(given.drive_format), None, "drive_format"),
         image_cache=values.take(lambda: _path("--image-cache", given.image_cache), None, "image_cache"),
         extra_data=values.take(lambda: _extra_data(given.extra_data), ExtraData.GUEST, "extra_data"),
@@ -331,11 +331,13 @@ def _formats(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_each(names, lambda name: formats.select([name])[0].name)))
 
 
-def _variables(items: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in _each(items, lambda item: _variable(item, environ)) if value is not None}
+def _variables(items: Sequence[str], environ: Mapping[str, str], values: _Values) -> dict[str, str]:
+    """Those that are right, for their values may be wrong as well; *values* keeps what is wrong with the others."""
+    read = [values.take(functools.partial(_variable, item, environ), None) for item in items]
+    return {variable[0]: variable[1] for variable in read if variable is not None and variable[1] is not None}
 
 
-def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None]:
+def _variable(item: str, environ: Mapping[str, str]) -> tuple[str, str | None] | None:
     name, equals, value = item.partition("=")
     check_variable(name, value)
     return name, value if equals else environ.get(name)
@@ -403,7 +405,8 @@ def _arch(text: str | None) -> str:
     return text
 
 
-def _path(option: str, text: str | None, what: str = "directory") -> Path | None:
+def _path(option: str, text: str | None) -> Path | None:
+    what = "disk image" if option == "--drive" else "directory"
     if text is not None and (not text or "\0" in text):
         raise UsageError(f"cannot use '{text}' as the {what} of {option}", hint=f"give an existing {what}")
     return None if text is None else Path(text)

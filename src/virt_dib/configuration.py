@@ -149,6 +149,18 @@ def placed(origin: str, problem: Problem) -> Problem:
     return Problem(f"in {origin}: {problem.message}", problem.hint, problem.details)
 
 
+def put_in_order(problems: list[Problem], found: Settings) -> None:
+    """Have those of the *problems* that are in files come by file and line, in the places that they have together."""
+    files = {file: number for number, file in enumerate(found.files)}
+    where = re.compile(rf"in ({'|'.join(map(re.escape, files))}):([0-9]+): ")
+    placed_at = {
+        number: at for number, problem in enumerate(problems) if files and (at := where.match(problem.message))
+    }
+    by_line = sorted(placed_at, key=lambda number: (files[placed_at[number][1]], int(placed_at[number][2])))
+    for place, problem in zip(placed_at, [problems[number] for number in by_line], strict=True):
+        problems[place] = problem
+
+
 def explained(problems: Iterable[Problem], rows: Sequence[InForce]) -> tuple[Problem, ...]:
     """*problems* of a build, each with the places of the settings it speaks of, by an option or a path.
 
@@ -334,6 +346,10 @@ def _parse(file: Path, text: str) -> Mapping[str, object]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
+        twice = _is_there_twice(text, error)
+        if twice is not None:
+            key, line = twice
+            raise UsageError(f"in {file}:{line}: '{key}' is set twice", hint="take one of them out") from error
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         at = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", reason)
         place = f"{file}:{at[1] or text.count(chr(10)) + 1}" if at else str(file)
@@ -342,6 +358,17 @@ def _parse(file: Path, text: str) -> Mapping[str, object]:
             f"in {place}: this is not TOML: {reason}",
             hint='a setting is a line such as isolation = "sandbox"',
         ) from error
+
+
+def _is_there_twice(text: str, error: Exception) -> tuple[str, int] | None:
+    """The key and the line where the parser has met a key again, if that is its *error*."""
+    at = re.fullmatch(r"Cannot overwrite a value \(at (?:line (\d+), column \d+|end of document)\)", str(error))
+    if at is None:
+        return None
+    lines = text.split("\n")[: int(at[1]) if at[1] else None]
+    # It has read the value, which may have several lines, or be the last thing in the file.
+    keys = ((re.match(r"\s*[\"']?([\w-]+)[\"']?\s*=", line), number) for number, line in enumerate(lines, 1))
+    return next(((key[1], number) for key, number in reversed(list(keys)) if key is not None), None)
 
 
 def _lines(text: str) -> Mapping[str, int]:

@@ -68,14 +68,19 @@ OPTIONS = (
     valued("--root-label", "root_label", "LABEL", "label of the root file system (default: cloudimg-rootfs)"),
     valued("--ramdisk-element", "ramdisk_element", "ELEMENT", "the element that makes ramdisks (default: ramdisk)"),
     valued("--install-type", "install_type", "TYPE", "install from 'source' (default), 'package' or 'repo'"),
-    valued("--docker-target", "docker_target", "TARGET", "repository and tag for the format docker, which needs it"),
+    valued(
+        "--docker-target",
+        "docker_target",
+        "TARGET",
+        "repository and tag for the formats docker, which needs it, and oci",
+    ),
     valued("--config", "config", "FILE", "take settings of virt-dib from FILE, not from virt-dib/config.toml"),
     flag("-h --help", "help", "print this"),
     flag("--version", "version", "print the version of diskimage-builder"),
 )
 _BY_NAME: Mapping[str, Option] = {name: option for option in OPTIONS for name in option.names}
 
-_INHERIT, _STRICT = "inherit", "strict"
+_INHERIT, _STRICT = _WAYS = "inherit", "strict"
 _READ_BY_DIB = frozenset({
     "ARCH", "FS_TYPE", "ROOT_LABEL", "MAX_ONLINE_RESIZE", "IMAGE_TYPE", "QEMU_IMG_OPTIONS", "RAMDISK_ELEMENT",
     "SKIP_BASE", "break", "break_cmd", "break_outside_target",
@@ -192,10 +197,10 @@ def _variables(environ: Mapping[str, str], *, strict: bool) -> dict[str, str]:
 def _is_strict(environ: Mapping[str, str]) -> tuple[bool, Sequence[Problem]]:
     """Whether elements see only what diskimage-builder itself reads, and what is wrong with the word for it."""
     word = environ.get(ENVIRONMENT_VARIABLE) or _INHERIT
-    if word in (_INHERIT, _STRICT):
+    if word in _WAYS:
         return word == _STRICT, ()
     problem = Problem(
-        f"unknown value '{word}' of the variable {ENVIRONMENT_VARIABLE}", f"choose from {_INHERIT}, {_STRICT}"
+        f"unknown value '{word}' of the variable {ENVIRONMENT_VARIABLE}", f"choose from {', '.join(_WAYS)}"
     )
     return True, (problem,)
 

@@ -98,6 +98,11 @@ def discover(search_path: Sequence[Path], rules: Rules = NEWEST) -> Mapping[str,
     return found
 
 
+def is_name(name: str) -> bool:
+    """Whether an element called *name* can be asked for: a blank in an argument ends a name."""
+    return _BLANKS.search(name) is None
+
+
 def strange(path: Path, search_path: Sequence[Path]) -> bool:
     """Whether the directory *path* is none that can be meant: outside of the *search_path*, and without any mark.
 
@@ -255,17 +260,18 @@ class _Expansion:
             else "there are no elements where --element-path says; check the directories"
         )
         if suggestions:
-            hint = f"did you mean {_quoted(suggestions, 'or')}? {hint}"
+            meant = _quoted(suggestions, either=True)
+            hint = f"did you mean either {meant}? {hint}" if len(suggestions) > 1 else f"did you mean {meant}? {hint}"
         return SelectionProblem(message, hint, reason=Reason.MISSING)
 
     def _already_provided(self, name: str) -> Problem:
         providers = self.providers[name]
         if name in self.wanted:
-            message = f"element '{name}' is asked for, but provided by {_quoted(providers, 'and')} already"
+            message = f"element '{name}' is asked for, but provided by {_quoted(providers)} already"
             return SelectionProblem(message, f"leave out '{name}'", reason=Reason.ALREADY_PROVIDED)
         needs = [f"'{provider}' is needed by '{by}'" for provider in providers if (by := self.needed_by[provider])]
         return SelectionProblem(
-            f"elements {_quoted(providers, 'and')} cannot be built together: each provides '{name}'",
+            f"elements {_quoted(providers)} cannot be built together: each provides '{name}'",
             "; ".join(["leave out all but one of them", *needs]),
             reason=Reason.ALREADY_PROVIDED,
         )
@@ -274,13 +280,16 @@ class _Expansion:
         examples = sorted(name for name, element in self.available.items() if OPERATING_SYSTEM in element.provides)
         hint = "name directories with --element-path that have an element for one"
         if examples:
-            hint = f"add one, such as {_quoted(examples[:_MOST_EXAMPLES], 'or')}"
+            hint = f"add one, such as {_quoted(examples[:_MOST_EXAMPLES], either=True)}"
         return SelectionProblem("none of the elements is an operating system", hint, reason=Reason.NO_OPERATING_SYSTEM)
 
 
-def _quoted(names: Sequence[str], conjunction: str) -> str:
-    *firsts, last = [f"'{name}'" for name in names]
-    return f"{', '.join(firsts)} {conjunction} {last}" if firsts else last
+def _quoted(names: Sequence[str], *, either: bool = False) -> str:
+    *firsts, last = names
+    if not firsts:
+        return f"'{last}'"
+    several = "', '".join(firsts)
+    return f"'{several}' or '{last}'" if either else f"'{several}' and '{last}'"
 
 
 def _load(name: str, path: Path, problems: list[Problem]) -> Element:

@@ -25,7 +25,8 @@ from virt_dib.tools import Command
 _MOST_COROUTINES = 16
 """What qemu-img takes for ``-m``."""
 _OPTION_HELP = re.compile(r"^\s+([a-z0-9_.-]+)=", re.MULTILINE)
-_FILE_OF_ITS_OWN = "data_file"
+_OTHER_FILES = ("data_file", "backing_file", "backing_fmt")
+"""Options that make an image which needs another file, on this host."""
 _VHD_CHUNK_BYTES = 1 << 20
 _NAMES_NO_FILES = ("raw", "luks")
 """What a disk may begin like: these lead nobody to other files."""
@@ -170,12 +171,12 @@ def check_options(outputs: Sequence[Format], spec: BuildSpec, scratch: Path) -> 
     known = {name for output in taking for name in _known_options(output)}
     names = ", ".join(output.name for output in taking)
     for option in _split(options):
-        if _option_name(option) == _FILE_OF_ITS_OWN:
-            # Not tried: it would be overwritten.
+        if _option_name(option) in _OTHER_FILES:
+            # Not tried: a data file would be overwritten.
             raise UsageError(
-                f"cannot use '{options}' as --qemu-img-options for {names}: an image with a data file is more than "
-                "one file",
-                hint="leave out data_file, or make such an image of a finished one with qemu-img convert",
+                f"cannot use '{options}' as --qemu-img-options for {names}: with {_option_name(option)} an image is "
+                "more than one file",
+                hint=f"leave out {_option_name(option)}, or make such an image of a finished one with qemu-img convert",
             )
         if _option_name(option) not in known:
             raise UsageError(

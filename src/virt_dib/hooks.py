@@ -45,6 +45,8 @@ class HookTree:
     directory: Path
     owners: Mapping[str, str]
     """Path in the tree, such as ``install.d/50-foo``, to the name of the element it is from."""
+    left_out: frozenset[str] = frozenset()
+    """Names of scripts that were to be left out, and are."""
 
     def scripts(self, phase: Phase) -> tuple[Script, ...]:
         """What runs in *phase*, in order, as far as it is known before the build: scripts may add scripts."""
@@ -102,7 +104,7 @@ def compose(
         ) from error
     if merge.problems:
         raise ElementError.of(merge.problems)
-    return HookTree(directory=into, owners=merge.owners)
+    return HookTree(directory=into, owners=merge.owners, left_out=frozenset(merge.left_out))
 
 
 def _sort_key(name: str) -> tuple[int, bytes]:
@@ -139,6 +141,7 @@ class _Merge:
     search_path: Sequence[Path]
     owners: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
     _made: dict[str, str] = field(default_factory=dict)
     """Directories in the tree, and the element that was the first to have each."""
     _copied_dirs: list[tuple[Path, Path]] = field(default_factory=list)
@@ -207,7 +210,10 @@ class _Merge:
     def _is_excluded(self, directory: Path, path: Path) -> bool:
         """Whether *path*, in or below the hook directory *directory*, is an excluded script."""
         wanted_out = directory.name in _PHASE_DIRECTORIES and path.name in self.excluded_scripts
-        return wanted_out and _is_executable(path)
+        if wanted_out and _is_executable(path):
+            self.left_out.add(path.name)
+            return True
+        return False
 
     def _make_directory(self, element: Element, entry: _Entry) -> bool:
         """Whether the directory is in the tree now."""

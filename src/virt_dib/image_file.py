@@ -70,7 +70,7 @@ _TYPES = ("qcow2", "tar", "tgz", "squashfs", "vhd", "docker", "aci", "raw")
 KEYS = (
     Key("imagename", Kind.TEXT, "name of the image and its files; the same in two entries: one image", "-o"),
     Key("arch", Kind.TEXT, "architecture of the image", "-a", _ARCHES),
-    Key("types", Kind.LIST, "formats to write", "-t", _TYPES),
+    Key("types", Kind.LIST, "formats to write; there is no aci here", "-t", _TYPES),
     Key("environment", Kind.ENVIRONMENT, "variables for this build"),
     Key("ramdisk", Kind.FLAG, "make a ramdisk and its kernel, no image"),
     Key("debug-trace", Kind.COUNT, "how much scripts trace, 0 nothing", "-x", ("0", "1", "2")),
@@ -124,6 +124,8 @@ class Images:
     """In the order of their first entries."""
     warnings: tuple[str, ...] = ()
     """Where diskimage-builder would have made something else of them."""
+    problems: tuple[Problem, ...] = ()
+    """All that is wrong; then the requests lack what it is about."""
 
 
 def read(paths: Sequence[Path]) -> Images:
@@ -132,19 +134,31 @@ def read(paths: Sequence[Path]) -> Images:
     Raises:
         UsageError: all that is wrong in all of them.
     """
+    images = look_through(paths)
+    if images.problems:
+        raise UsageError.of(images.problems)
+    return images
+
+
+def look_through(paths: Sequence[Path]) -> Images:
+    """As :func:`read`, with all that is wrong in the result, and what can be read in spite of it."""
     problems: list[Problem] = []
     entries: list[_Entry] = []
     for path in paths:
         try:
-            entries += _File(path, _text(path)).entries()
+            file = _File(path, _text(path))
+            entries += file.entries()
+            problems += file.problems()
         except UsageError as error:
             problems += error.problems
-    if problems:
-        rest = len(problems) - _MOST_PROBLEMS
-        more = [Problem(f"{rest} more mistakes in these files", "mend the first ones first")] if rest > 0 else []
-        raise UsageError.of(problems[:_MOST_PROBLEMS] + more)
+    rest = len(problems) - _MOST_PROBLEMS
+    more = [Problem(f"{rest} more mistakes in these files", "mend the first ones first")] if rest > 0 else []
     merged = _Merged(entries)
-    return Images(requests=tuple(merged.requests()), warnings=tuple(merged.warnings))
+    return Images(
+        requests=tuple(merged.requests()),
+        warnings=tuple(merged.warnings),
+        problems=(*problems[:_MOST_PROBLEMS], *more),
+    )
 
 
 # ---- from entries to images ----
@@ -289,10 +303,10 @@ class _File:
         self._texts: dict[tuple[yaml.Node, Key], Mapping[str, str]] = {}
 
     def entries(self) -> list[_Entry]:
-        """All of them.
+        """All of them, without what is wrong in them.
 
         Raises:
-            UsageError: it is not a list of entries at all, or there are mistakes in it.
+            UsageError: it is not a list of entries at all.
         """
         root = self._root()
         if root is None or root.tag == _TAG + "null":
@@ -302,7 +316,7 @@ class _File:
                 f"{self._at(root)}: {_told(root)} where a list of images belongs", hint="begin each image with '- '"
             )
         try:
-            entries = [entry for node in root.value for entry in self._entry(node)]
+            return [entry for node in root.value for entry in self._entry(node)]
         except RecursionError as error:
             raise self._too_deep() from error
         except _TooMuchError as error:
@@ -310,9 +324,10 @@ class _File:
                 f"reading '{self._path}': with its aliases followed it is longer than {_LONGEST_BYTES >> 20} MiB",
                 hint="use fewer aliases of long lists and maps",
             ) from error
-        if self._mistakes:
-            raise UsageError.of(mistake.problem for mistake in sorted(self._mistakes, key=lambda one: one.line))
-        return entries
+
+    def problems(self) -> Sequence[Problem]:
+        """What is wrong in the entries, by line."""
+        return [mistake.problem for mistake in sorted(self._mistakes, key=lambda one: one.line)]
 
     def _root(self) -> yaml.Node | None:
         try:

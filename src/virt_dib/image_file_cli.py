@@ -15,7 +15,7 @@ from virt_dib import batch, dib_words, image_file
 from virt_dib.batch import BatchReport, Limits, Status
 from virt_dib.cli import report_errors
 from virt_dib.errors import Interrupted, Problem, UsageError, VirtDibError
-from virt_dib.image_file import KEYS, ImageRequest, Images, Key, Kind
+from virt_dib.image_file import KEYS, ImageRequest, Key, Kind
 from virt_dib.interrupts import interrupts, shielded
 from virt_dib.options import closest
 from virt_dib.plain_text import one_line, write_out
@@ -136,16 +136,17 @@ def _read(arguments: Sequence[str]) -> _Asked:
     result = None if given.result is None else Path(given.result)
     if result is not None:
         problems += _result_problems(given.result)
-    images = Images(requests=())
     requests: Sequence[ImageRequest] = ()
     if not names:
         problems.append(Problem("no file named", f"name a file that describes images: {PROG} images.yaml"))
+    images = image_file.look_through([Path(name) for name in names if name])
+    problems += images.problems
     try:
-        images = image_file.read([Path(name) for name in names if name])
         requests = _chosen(images.requests, given.images)
     except UsageError as error:
-        problems += error.problems
-    problems += batch.problems(requests, limits)
+        # Where files are wrong, it may be in them all the same.
+        problems += error.problems if not images.problems else ()
+    problems += batch.problems(requests, limits, complete=not images.problems)
     if problems:
         raise UsageError.of(problems)
     return _Asked(

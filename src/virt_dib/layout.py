@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +17,7 @@ from virt_dib import device_config, tools
 from virt_dib import environment as contract
 from virt_dib.dib import DibInstallation
 from virt_dib.elements import Element
-from virt_dib.errors import ToolError, UsageError, VirtDibError
+from virt_dib.errors import Problem, ToolError, UsageError, VirtDibError
 from virt_dib.files import temp_dir_variable
 from virt_dib.releases import NEWEST, DiskMaker, Rules
 from virt_dib.spec import LARGEST_DISK_BYTES, BuildSpec
@@ -43,7 +43,9 @@ _ANSWERS = {
     "mount_points": ("getval:mount-points", "DIB_MOUNTPOINTS"),
 }
 """What dib-block-device is asked for, and the variable that a release has if it can answer."""
-_DEFAULT_LABEL, _DEFAULT_XFS_LABEL = "cloudimg-rootfs", "img-rootfs"
+_DEFAULT_LABEL = "cloudimg-rootfs"
+_SHORT_LABELS = {"xfs": "img-rootfs", "vfat": "IMG-ROOTFS"}
+"""The default where that is too long; of vfat in capitals, which DIB makes of any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +112,8 @@ def prepare(spec: BuildSpec, elements: Sequence[Element], dib: DibInstallation, 
         "config": str(scratch / "config.yaml"),
         "image-dir": str(scratch),
         "root-fs-type": spec.fs_type,
-        "root-label": spec.root_label,
+        # DIB has none for vfat that is short enough.
+        "root-label": spec.root_label or (_SHORT_LABELS["vfat"] if spec.fs_type == "vfat" else None),
         "mount-base": str(scratch / "mnt"),
         "build-dir": str(scratch),
     }
@@ -145,7 +148,7 @@ def _runners_layout(spec: BuildSpec, rules: Rules) -> Layout:
             hint="leave it out, and let an element partition the disk: vm, or partitioning-sfdisk; or use a release "
             "from 2.4.0 on",
         )
-    label = _DEFAULT_XFS_LABEL if spec.fs_type == "xfs" else _DEFAULT_LABEL
+    label = _SHORT_LABELS.get(spec.fs_type, _DEFAULT_LABEL)
     image = Path(contract.RUNNERS_IMAGE).stem if rules.disk_maker is DiskMaker.SCRIPTS else OUTPUT_IMAGE
     return Layout(
         config="",
@@ -159,6 +162,28 @@ def _runners_layout(spec: BuildSpec, rules: Rules) -> Layout:
         parts=(),
         file_systems=(spec.fs_type,),
     )
+
+
+def check_numbers(spec: BuildSpec, rules: Rules = NEWEST) -> None:
+    """Refuse variables that sizes depend on, whatever the elements are.
+
+    Raises:
+        UsageError: all that are wrong.
+    """
+    checks: list[Callable[[], object]] = [lambda: _online_resize(spec, FILLABLE[0])]
+    if spec.size_bytes is None:
+        checks.append(lambda: _number(spec, "DIB_IMAGE_SIZE"))
+        checks.append(lambda: _number(spec, "DIB_IMAGE_EXTRA_SIZE", zero=True))
+    if spec.fs_type == "ext4" and (rules.ext4_options_always or spec.size_bytes is None):
+        checks.append(lambda: journal_mib(spec))
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except UsageError as error:
+            problems += error.problems
+    if problems:
+        raise UsageError.of(problems)
 
 
 def image_size_kib(

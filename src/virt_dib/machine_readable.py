@@ -130,7 +130,7 @@ def open_lines(target: Target) -> Iterator[Lines]:
     """Write to *target*; a file that is there is written anew.
 
     Raises:
-        ToolError: it cannot be opened.
+        UsageError: it cannot be opened.
     """
     if target.path is None:
         if target.descriptor not in (STDOUT, STDERR):
@@ -141,7 +141,7 @@ def open_lines(target: Target) -> Iterator[Lines]:
     try:
         descriptor = os.open(target.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise ToolError(
+        raise UsageError(
             f"opening '{target.path}' for --machine-readable: {error.strerror}", hint="name a file you can write"
         ) from error
     try:

@@ -136,7 +136,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         valued("--fs-type", "fs_type", "TYPE", f"root file system: {', '.join(LABEL_LIMITS)} (default: ext4)"),
         valued(
             "--root-label", "root_label", "LABEL",
-            "label of the root file system (default: cloudimg-rootfs, on xfs img-rootfs)",
+            "label of the root file system (default: cloudimg-rootfs, on xfs and vfat img-rootfs)",
         ),
         valued("--mkfs-options", "mkfs_options", "OPTIONS", "options for mkfs of the root file system, one word"),
         valued(
@@ -389,6 +389,16 @@ def listed_names(*, short: bool, long: bool) -> list[str]:
 # ---- the words of the command line ----
 
 
+_OF_DISK_IMAGE_CREATE = {
+    "-o": "--name",
+    "-t": "--formats",
+    "-a": "--arch",
+    "-n": "--skip-base",
+    "--image-size": "--size",
+}
+"""Its options that have other names here, where those of these names are none."""
+
+
 class Taker(Protocol):
     """Keeps what was written."""
 
@@ -491,13 +501,24 @@ class _Words:
 
     def _unknown(self, name: str, *, has_value: bool) -> None:
         word = name if name.startswith("--") else f"-{name}"
-        # A single letter is close to anything.
-        meant = closest(word, self._by_name) if len(name) > len("-x") else None
-        if meant and self._by_name[meant].wants_value and not has_value and self._rest:
+        there = _OF_DISK_IMAGE_CREATE.get(name) or _OF_DISK_IMAGE_CREATE.get(word)
+        hint = f"'{self._prog} --help' lists all options"
+        if there in self._by_name:
+            meant = there
+            hint = f"that of disk-image-create is called '{meant}' here"
+        else:
+            # A single letter is close to anything.
+            meant = closest(word, self._by_name) if len(name) > len("-x") else None
+            if meant:
+                hint = f"did you mean '{meant}'?"
+        if meant and self._by_name[meant].wants_value and not has_value and self._has_more(word):
             # Its value is no element.
             del self._rest[0]
-        hint = f"did you mean '{meant}'?" if meant else f"'{self._prog} --help' lists all options"
         self.problems.append(Problem(f"unknown option '{name}'", hint))
+
+    def _has_more(self, word: str) -> bool:
+        """Whether what follows the unknown option *word* may be its value: not what would be the only element."""
+        return bool(self._rest) and not word.startswith("--no-") and bool(self._rest[1:] or self._taker.elements)
 
     def _has_one_dash(self, word: str) -> bool:
         """Whether *word* is a long option, such as ``-formats``, rather than short ones in one."""

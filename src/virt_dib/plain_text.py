@@ -142,6 +142,7 @@ def _write(stream: TextIO, data: bytes) -> None:
         descriptor = stream.fileno()
     except (OSError, ValueError):
         stream.write(data.decode(getattr(stream, "encoding", None) or "utf-8"))
+        stream.flush()
         return
     stream.flush()
     # Past the stream, which does not know what to do when there is no room in a pipe that does not block.

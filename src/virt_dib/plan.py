@@ -51,7 +51,7 @@ from virt_dib.spec import (
     check_spec,
     check_texts,
 )
-from virt_dib.staging import Staging, no_room, wanted_host_files
+from virt_dib.staging import HostFile, Staging, no_room, wanted_host_files
 
 _T = TypeVar("_T")
 
@@ -119,6 +119,8 @@ class _Choice:
     formats: Sequence[Format]
     no_image: str | None
     drive: Drive | None
+    host_files: Sequence[HostFile]
+    certificates: online.Certificates | None
 
 
 def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping[str, str]) -> BuildPlan:
@@ -127,19 +129,18 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     staging = Staging(workspace / "staging")
     tree = found.tell(lambda: _compose(spec, choice, staging))
     disk = _layout(spec, choice, workspace, found)
-    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen, _home(environ)))
-    certificates = found.tell(lambda: online.host_certificates(environ)) if _trusts_host(spec) else None
     found.stop()
-    if tree is None or disk is None or host_files is None:
+    if tree is None or disk is None:
         raise AssertionError
     scripts = Scripts(tree, chosen, installation.rules, on_host=spec.extra_data is ExtraData.HOST)
     found.add(scripts.problems(), ElementError)
     _fill(staging, choice, disk)
+    certificates = choice.certificates
     if certificates is not None:
         staging.write(os.path.relpath(contract.CERTIFICATES, contract.GUEST), certificates.text)
     on_host = found.tell(lambda: _on_host(spec, choice, environ, workspace))
     places = found.tell(lambda: staging.add_elements(chosen, choice.search_path))
-    for file in host_files:
+    for file in choice.host_files:
         found.tell(functools.partial(staging.add_host_file, file))
     found.stop()
     if places is None:
@@ -176,6 +177,7 @@ def _decide(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         cpus=spec.cpus or min(MOST_CPUS, os.cpu_count() or 1),
         warnings=(
             *scripts.warnings(),
+            *(problem.message for problem in _without_effect(facts, tree)),
             *_warnings(facts, staging, environ),
             *(problem.message for problem in _shared_places(spec, workspace)),
         ),
@@ -189,24 +191,30 @@ def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
     found.tell(lambda: _check_proxies(spec))
     found.add(prerequisites.require_prerequisites())
     outputs = found.tell(lambda: formats.select(spec.formats))
-    found.tell(lambda: _check_directory(spec.output_dir))
+    directory = found.tell(lambda: _writable(spec.output_dir))
     helper = found.tell(lambda: drive.inspect(spec.drive, spec.drive_format) if spec.drive is not None else None)
     found.tell(lambda: _check_cache(spec, environ))
     installation = found.tell(lambda: dib.find_installation(spec.dib_library, spec.python))
     search_path = [*spec.element_paths, *([installation.elements_dir] if installation else [])]
     rules = installation.rules if installation else releases.NEWEST
     chosen = found.tell(lambda: _choose(spec, search_path, rules)) if installation else None
+    if installation is None:
+        found.tell(lambda: elements.discover(search_path))
     found.tell(lambda: _check_containers(spec, chosen or ()))
     no_image = _no_image(spec, chosen or ())
     if outputs is not None and no_image is not None:
         # DIB writes archives of the tree all the same.
         outputs = () if spec.drop_in is None else tuple(one for one in outputs if isinstance(one, TreeFormat))
-    found.tell(lambda: _check_places(spec, outputs or ()))
+    if directory is not None:
+        found.tell(lambda: _check_places(spec, outputs or ()))
     found.add(prerequisites.format_problems(outputs or ()))
     found.tell(lambda: formats.check_spec(outputs or (), spec))
     found.tell(lambda: formats.check_options(outputs or (), spec, workspace / "options"))
+    found.tell(lambda: layout.check_numbers(spec, rules))
+    host_files = found.tell(lambda: wanted_host_files({**environ, **spec.variables}, chosen or (), _home(environ)))
+    certificates = found.tell(lambda: online.host_certificates(environ)) if _trusts_host(spec) else None
     found.stop()
-    if chosen is None or installation is None or outputs is None:
+    if chosen is None or installation is None or outputs is None or host_files is None:
         raise AssertionError
     return _Choice(
         dib=installation,
@@ -215,6 +223,8 @@ def _choice(spec: BuildSpec, workspace: Path, found: _Findings, environ: Mapping
         formats=outputs,
         no_image=no_image,
         drive=helper,
+        host_files=host_files,
+        certificates=certificates,
     )
 
 
@@ -231,7 +241,7 @@ def _layout(spec: BuildSpec, choice: _Choice, workspace: Path, found: _Findings)
     rules = choice.dib.rules
     disk = found.tell(lambda: layout.prepare(spec, choice.elements, choice.dib, workspace / "block-device"))
     if disk is not None:
-        # The numbers in variables are looked at now, not after an hour.
+        # With the file system that the elements have chosen, now, not after an hour.
         found.tell(lambda: layout.image_size_kib(spec, choice.elements, disk.block_devices.root_fstype, 0, rules))
         found.tell(lambda: layout.mkfs_options(spec, disk.block_devices.root_fstype, rules))
         found.add(prerequisites.file_system_problems(disk.file_systems))
@@ -258,7 +268,8 @@ def find_elements(spec: BuildSpec) -> Mapping[str, Element]:
         VirtDibError: there is no diskimage-builder, or a directory of the search path cannot be read.
     """
     installation = dib.find_installation(spec.dib_library, spec.python)
-    return elements.discover([*spec.element_paths, installation.elements_dir], installation.rules)
+    found = elements.discover([*spec.element_paths, installation.elements_dir], installation.rules)
+    return {name: element for name, element in found.items() if elements.is_name(name)}
 
 
 @contextlib.contextmanager
@@ -271,13 +282,14 @@ def _room(workspace: Path) -> Iterator[None]:
         raise no_room(workspace) from error
 
 
-def _check_directory(directory: Path) -> None:
+def _writable(directory: Path) -> Path:
     if not os.access(directory, os.W_OK | os.X_OK):
         reason = "no right to write in it" if os.path.exists(directory) else "it does not exist"
         raise UsageError(
             f"cannot write the image in '{os.path.abspath(directory)}': {reason}",
             hint="build in a directory you can write, or name another with --name DIRECTORY/NAME",
         )
+    return directory
 
 
 def _check_places(spec: BuildSpec, outputs: Sequence[Format]) -> None:
@@ -349,18 +361,33 @@ def _trusts_host(spec: BuildSpec) -> bool:
 
 
 def _warnings(facts: contract.Facts, staging: Staging, environ: Mapping[str, str]) -> Iterator[str]:
-    """Of variables: those without effect, and the host's own proxies.
-
-    In the guest, extra-data.d alone sees these, unless the elements are given others.
-    """
+    """Of the host's own proxies: in the guest, extra-data.d alone sees them, unless the elements are given others."""
     spec = facts.spec
-    if spec.drop_in is None:
-        for name in contract.without_effect(facts):
-            yield f"--envvar {name} has no effect: virt-dib gives the scripts a value of its own"
     has_extra_data = (staging.hooks_dir / Phase.EXTRA_DATA.directory).is_dir()
     if spec.network and spec.extra_data is not ExtraData.HOST and has_extra_data:
         seen = {name: value for name, value in environ.items() if name not in spec.variables}
         yield from (f"extra-data.d: {problem.message}" for problem in online.proxy_problems(seen))
+
+
+def _without_effect(facts: contract.Facts, tree: HookTree) -> Iterator[Problem]:
+    """What was asked for and changes nothing: most of it a slip, or a word that is missing elsewhere."""
+    spec = facts.spec
+    if spec.ramdisk_element is not None and not spec.ramdisk:
+        yield Problem(f"without --ramdisk, the ramdisk element '{spec.ramdisk_element}' is not added")
+    if spec.drop_in is not None:
+        # Its callers may give it what is for other images.
+        return
+    for name in contract.without_effect(facts):
+        yield Problem(f"--envvar {name} has no effect: virt-dib gives the scripts a value of its own")
+    met = {*_requested(spec, facts.rules), *(name for element in facts.elements for name in element.depends)}
+    for name in sorted(spec.excluded_elements - met):
+        yield Problem(f"--exclude-element has no effect: nothing asks for an element '{name}'")
+    for name in sorted(spec.excluded_scripts - tree.left_out):
+        yield Problem(f"--exclude-script has no effect: no element has a script '{name}'")
+    if spec.drive_format is not None and spec.drive is None:
+        yield Problem("without --drive, --drive-format has no effect")
+    if spec.docker_target is not None and {"docker", "oci"}.isdisjoint(spec.formats):
+        yield Problem("without the format docker or oci, --docker-target names no image")
 
 
 def _shared_places(spec: BuildSpec, workspace: Path) -> Iterator[Problem]:
@@ -388,10 +415,13 @@ def _type(path: Path) -> int | None:
 
 def _choose(spec: BuildSpec, search_path: Sequence[Path], rules: Rules) -> tuple[Element, ...]:
     available = elements.discover(search_path, rules)
-    wanted = elements.requested(
+    return elements.resolve(_requested(spec, rules), available, excluded=spec.excluded_elements, rules=rules)
+
+
+def _requested(spec: BuildSpec, rules: Rules) -> Sequence[str]:
+    return elements.requested(
         spec.elements, arch=spec.arch, skip_base=spec.skip_base, ramdisk_element=spec.added_element, rules=rules
     )
-    return elements.resolve(wanted, available, excluded=spec.excluded_elements, rules=rules)
 
 
 def _check_containers(spec: BuildSpec, chosen: Sequence[Element]) -> None:

@@ -228,6 +228,7 @@ _NOT_IN_LABELS = frozenset("/'\"`\\,")
 """They would end or change the label in fstab, in bootloaders' files, in device paths."""
 _HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 """What stands for no byte, so that no program can be given it."""
+_NOT_UTF_8 = re.compile("[\ud800-\udfff]")
 VARIABLES_OF_BASH = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"})
 """Bash's own, which nobody can set."""
 
@@ -303,6 +304,11 @@ def check_name(name: str, written: str | None = None) -> None:
     Raises:
         UsageError: it is such a one.
     """
+    if _NOT_UTF_8.search(name):
+        raise UsageError(
+            f"cannot use '{name if written is None else written}' as the name of the image: it is not UTF-8",
+            hint="give a name in UTF-8, such as one of ASCII letters and digits",
+        )
     if not name.isprintable() or name in ("", ".", "..") or name.startswith("-") or "/" in name:
         raise UsageError(
             f"cannot use '{name if written is None else written}' as the name of the image",
