@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
 from virt_dib.errors import Problem, ToolError
 from virt_dib.files import copy_content, remove_tree
-from virt_dib.interrupts import shielded
+from virt_dib.interrupts import shielded, too_late
 from virt_dib.report import Artifact
 from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
 from virt_dib.unpacking import CopiedOut
@@ -80,6 +80,8 @@ class Outputs:
         """Directories for files that the guest has named."""
         self.renamed: list[tuple[Path, Path]] = []
         """Files of earlier builds, and the names they have now."""
+        self._aside: list[Path] = []
+        """Those that go when all the new ones are in place."""
 
     def add(self, appliance: Appliance) -> None:
         """Take over what the elements left in their working directory, the future ``NAME.d``; see ``DropIn``, too."""
@@ -176,87 +178,122 @@ class Outputs:
     def publish(self) -> tuple[Artifact, ...]:
         """Give every file its name; what had that name before goes last, when all the new ones are in place.
 
-        Files that the guest has named, and that have lost their places meanwhile, are left out (``not_taken``).
+        Files that the guest has named, and that have lost their places meanwhile, are left out (``not_taken``). Once
+        all have their names, it is too late to end the build.
 
         Raises:
-            ToolError: something has come meanwhile that cannot be replaced, and then all names are as they were; or
+            ToolError: something has come meanwhile that cannot be replaced, and then all files are as they were; or
                 the engine does not give the image its name.
         """
-        found = [_in_the_way(output) for output in self._pending if output.kind != _FILE]
-        if problems := [problem for problem in found if problem is not None]:
-            raise ToolError.of(problems)
+        artifacts = [_artifact(output) for output in self._pending]
+        self._look_again()
         if self._imported is not None and self._spec.docker_target is not None:
             self._imported.tag(self._spec.docker_target)
             # What has its name stays.
             self._imported = None
-        artifacts = [_artifact(output) for output in self._pending]
-        published, replaced = [], []
+            # That may have taken its time.
+            self._look_again()
         with shielded():
-            for output, artifact in zip(self._pending, artifacts, strict=True):
-                if output.kind == _FILE and not self._may_be(output):
-                    continue
-                try:
-                    replaced += self._make_way(output)
-                    output.partial.replace(output.final)
-                except OSError as error:
-                    if error.errno not in _IN_THE_WAY:
-                        raise
-                    raise ToolError(f"cannot write '{output.final}': {error.strerror}", hint=_MOVE_HINT) from error
-                published.append(artifact)
+            with contextlib.ExitStack() as undo:
+                published = [
+                    artifact
+                    for output, artifact in zip(self._pending, artifacts, strict=True)
+                    if self._give_name(output, undo)
+                ]
+                undo.pop_all()
+            too_late()
             self._pending.clear()
-            for aside in [*replaced, *self._scratch]:
-                remove_tree(aside)
+            for aside in [*self._aside, *self._scratch]:
+                _remove(aside)
         return tuple(published)
 
-    def _make_way(self, output: _Pending) -> list[Path]:
-        """Have a file take the name; returns the directory, if there is one, that had it before."""
-        final, kind = output.final, output.kind
-        if kind == _DIRECTORY and final.is_dir():
-            aside = final.with_name(f".{final.name}.{_mark()}.old")
-            note_elsewhere(self._workspace, aside, name=final)
-            final.rename(aside)
-            return [aside]
-        if kind == _FILE:
-            self._claim(output)
-        elif isinstance(kind, formats.Format) and self._spec.drop_in is not None:
-            self._keep_old(final, self._spec.drop_in)
-        return []
+    def _look_again(self) -> None:
+        """Look once more whether something has come that cannot be replaced.
 
-    def _claim(self, output: _Pending) -> None:
+        Raises:
+            ToolError: it has.
+        """
+        found = [_in_the_way(output) for output in self._pending if output.kind != _FILE]
+        if problems := [problem for problem in found if problem is not None]:
+            raise ToolError.of(problems)
+
+    def _give_name(self, output: _Pending, undo: contextlib.ExitStack) -> bool:
+        """Give one file or directory its name, unless the guest has named it and it may not be there any more.
+
+        Raises:
+            ToolError: something is in its place.
+        """
+        if output.kind == _FILE and not self._may_be(output):
+            return False
+        try:
+            if output.kind == _FILE:
+                self._claim(output, undo)
+            elif isinstance(output.kind, formats.Format) and self._spec.drop_in is not None:
+                self._keep_old(output.final, self._spec.drop_in, undo)
+            if output.kind != _FILE or _is_own(output):
+                self._put_aside(output, undo)
+            output.partial.replace(output.final)
+        except OSError as error:
+            if error.errno not in _IN_THE_WAY:
+                raise
+            raise ToolError(f"cannot write '{output.final}': {error.strerror}", hint=_MOVE_HINT) from error
+        _on_undo(undo, output.final.rename, output.partial)
+        return True
+
+    def _put_aside(self, output: _Pending, undo: contextlib.ExitStack) -> None:
+        """Give what has the name another, from which it can come back. A file has both until it is replaced."""
+        # A name no longer than others of the build, whatever the guest has called its file.
+        aside = output.final.with_name(f".{self._spec.name}.{_mark()}.old")
+        note_elsewhere(self._workspace, aside, name=output.final)
+        try:
+            _link_or_rename(output.final, aside)
+        except FileNotFoundError:
+            return
+        _on_undo(undo, _put_back, aside, output.final)
+        is_directory = _kind(aside) == stat.S_IFDIR
+        if is_directory != (output.kind == _DIRECTORY):
+            number = errno.EISDIR if is_directory else errno.ENOTDIR
+            raise OSError(number, os.strerror(number))
+        self._aside.append(aside)
+
+    def _claim(self, output: _Pending, undo: contextlib.ExitStack) -> None:
         """Make the directories for a file that the guest has named, and an empty file, which cannot replace another."""
         name = output.final.relative_to(output.base)
         for place in [output.base / parent for parent in reversed(name.parents)]:
             if not os.path.lexists(place):
                 place.mkdir()
+                _on_undo(undo, place.rmdir)
                 self._made.add(place)
-        if not str(name).startswith(tuple(output.own)):
+        if not _is_own(output):
             os.close(os.open(output.final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC))
+            _on_undo(undo, output.final.unlink)
 
-    def _keep_old(self, final: Path, drop_in: DropIn) -> None:
+    def _keep_old(self, final: Path, drop_in: DropIn, undo: contextlib.ExitStack) -> None:
         """Give an earlier file and its checksums the names that DIB gives them (lib/common-functions, finish_image)."""
         if not drop_in.keep_old or not final.is_file():
             return
         stem, _, suffix = final.name.rpartition(".")
         old = final.with_name(f"{stem}-{time.strftime('%Y.%m.%d-%H.%M.%S')}.{suffix}")
         for ending in ("", *(f".{kind}" for kind in CHECKSUMS)):
+            before, now = final.with_name(final.name + ending), old.with_name(old.name + ending)
             with contextlib.suppress(FileNotFoundError):
-                final.with_name(final.name + ending).rename(old.with_name(old.name + ending))
+                before.rename(now)
+                _on_undo(undo, now.rename, before)
         self.renamed.append((final, old))
+        undo.callback(self.renamed.clear)
 
     def discard(self) -> None:
         """Remove the partial files, and nothing else, unless the user wants to keep them."""
         if not self._spec.delete_on_failure:
             return
-        if self._imported is not None:
-            self._imported.remove()
-        with shielded():
-            for output in self._pending:
-                if output.partial.is_dir():
-                    remove_tree(output.partial)
-                else:
-                    output.partial.unlink(missing_ok=True)
-            for scratch in self._scratch:
-                remove_tree(scratch)
+        try:
+            with shielded():
+                for path in [*(output.partial for output in self._pending), *self._scratch]:
+                    _remove(path)
+        finally:
+            if self._imported is not None:
+                with contextlib.suppress(ToolError):  # the build has failed for another reason
+                    self._imported.remove()
 
     def keep(self, disk: Path, kind: str) -> Path:
         """Put the *disk* of a build that has failed beside the outputs; returns its name there.
@@ -273,12 +310,15 @@ class Outputs:
         except OSError:
             # Another file system, most likely.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with disk.open("rb") as reader, open(os.open(kept, flags, 0o600), "wb") as writer:
-                try:
+            try:
+                with disk.open("rb") as reader, open(os.open(kept, flags, 0o600), "wb") as writer:
                     copy_content(reader.fileno(), writer.fileno())
-                except OSError:
-                    kept.unlink()
-                    raise
+            except FileExistsError:
+                # Somebody else's.
+                raise
+            except BaseException:
+                kept.unlink(missing_ok=True)
+                raise
         return kept
 
     def _new(self, name: str, kind: formats.Format | str) -> Path:
@@ -310,6 +350,41 @@ class Outputs:
     def engine(self) -> str | None:
         """The engine that has the image for containers."""
         return None if self._imported is None else self._imported.engine.name
+
+
+def _on_undo(undo: contextlib.ExitStack, function: Callable[..., object], *arguments: object) -> None:
+    """Have *undo* call *function*; what the host does not let undo stays as it is."""
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            function(*arguments)
+
+    undo.callback(run)
+
+
+def _link_or_rename(path: Path, other: Path) -> None:
+    try:
+        os.link(path, other, follow_symlinks=False)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        # A directory, or the file system has no links.
+        path.rename(other)
+
+
+def _put_back(aside: Path, final: Path) -> None:
+    aside.replace(final)
+    # Two names of one file are not renamed to each other.
+    aside.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or directory, or what can be removed of it."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _mark() -> str:
@@ -349,6 +424,11 @@ def _files_below(directory: Path) -> Iterator[str]:
                     names.append(inside)
                 else:
                     yield inside
+
+
+def _is_own(output: _Pending) -> bool:
+    """Whether a file that the guest has named may replace another."""
+    return str(output.final.relative_to(output.base)).startswith(tuple(output.own))
 
 
 def _refusal(base: Path, name: str, own: Sequence[str], made: Collection[Path]) -> str | None:
