@@ -23,7 +23,7 @@ from virt_dib.appliance import Appliance
 from virt_dib.errors import Interrupted, Problem, ToolError
 from virt_dib.files import copy_content, remove_tree
 from virt_dib.interrupts import interrupts
-from virt_dib.outputs import Outputs, _in_the_way, _refusal, open_outputs
+from virt_dib.outputs import Outputs, _in_the_way, _refusal, longest_name, open_outputs
 from virt_dib.spec import BuildSpec, DropIn
 
 LINK, DEVICE = tarfile.SYMTYPE, tarfile.CHRTYPE
@@ -107,10 +107,12 @@ def test_files_come_to_the_working_directory(place: Path) -> None:
 
 
 def test_what_is_named_after_the_image_replaces(place: Path) -> None:
-    (place / "x-boot.iso").write_text("old")
-    files, refused = taken(place, Guest({"x.kernel": "new", "x-boot.iso": "new"}))
+    long = "x-".ljust(255, "l")
+    for name in ("x-boot.iso", long):
+        (place / name).write_text("old")
+    files, refused = taken(place, Guest({"x.kernel": "new", "x-boot.iso": "new", long: "new"}))
     assert refused == []
-    assert (files["x.kernel"], files["x-boot.iso"]) == ("new", "new")
+    assert (files["x.kernel"], files["x-boot.iso"], files[long]) == ("new", "new", "new")
 
 
 @pytest.mark.parametrize(
@@ -341,6 +343,31 @@ def test_what_comes_at_the_last_moment_is_an_error_too(
     assert caught.value.problems[0].hint == "move it away, and build again"
     assert (place / "x.d/file").read_text() == "earlier"
     assert [path for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("command", ["virt-dib", "a drop-in"])
+def test_the_longest_name_is_one_that_no_file_needs_a_longer_one_for(place: Path, command: str) -> None:
+    drop_in = DropIn(image_name="x", working_dir=place) if command == "a drop-in" else None
+    disk = place.parent / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    images, sums = ["x.raw"], ["x.raw.md5"]
+    short = dataclasses.replace(BUILT, output_dir=place, drop_in=drop_in)
+    most = 255 - len(longest_name(short, [*images, *sums], images)) + len("x")
+
+    def build(name: str) -> None:
+        for ending in ("raw", "raw.md5", "raw.sha256"):
+            (place / f"{name}.{ending}").write_text("earlier")
+        built = dataclasses.replace(short, name=name)
+        with open_outputs(built, place.parent / "virt-dib-mark") as outputs:
+            outputs.add(cast("Appliance", Guest({"x" * 255: "new"})))
+            outputs.convert(formats.select(["raw"]), formats.Sources(disk=disk, archive=None))
+            outputs.sum()
+            outputs.publish()
+
+    build("x" * most)
+    assert (place / f"{'x' * most}.raw.md5").read_text() != "earlier"
+    with pytest.raises(OSError, match="File name too long"):
+        build("x" * (most + 1))
 
 
 @pytest.fixture

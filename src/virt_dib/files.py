@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -22,6 +23,11 @@ _STALE_S = 3600.0
 def temp_dir(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/")) -> Path:
     """Where the disks of builds are: in the directory that libguestfs takes by guestfs(3), or in ``/var/tmp``."""
     return Path(environ.get("LIBGUESTFS_TMPDIR") or environ.get("TMPDIR") or root / "var/tmp")
+
+
+def partial_name(name: str) -> str:
+    """What a file is called that is to get *name*, until it is complete. Nobody can know it before."""
+    return f".{name}.{secrets.token_hex(4)}.partial"
 
 
 def remove_stale(directory: Path, pattern: str) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from virt_dib.errors import ToolError
+from virt_dib.files import partial_name
 
 
 class LogFile:
@@ -28,7 +28,7 @@ class LogFile:
         self.at_line_start = True
         self._ended = False
         # A fresh name: whatever bears the final one, a link perhaps, is replaced and never written to.
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        partial = path.with_name(partial_name(path.name))
         on_elsewhere(partial)
         self._descriptor = -1
         try:

@@ -19,7 +19,7 @@ from virt_dib import environment as contract
 from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
 from virt_dib.errors import Problem, ToolError
-from virt_dib.files import copy_content, remove_tree
+from virt_dib.files import copy_content, partial_name, remove_tree
 from virt_dib.interrupts import shielded, too_late
 from virt_dib.report import Artifact
 from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
@@ -48,6 +48,14 @@ class _Pending:
     """Of a file that the guest has named: below which directory of the user's it goes."""
     own: Sequence[str] = ()
     """As in :func:`_refusal`."""
+
+
+def longest_name(spec: BuildSpec, names: Sequence[str], images: Sequence[str]) -> str:
+    """The longest name that files have meanwhile which are to get *names*, or had those of *images* before."""
+    meanwhile = [partial_name(name) for name in (spec.name, *names)]
+    if spec.drop_in is not None and spec.drop_in.keep_old:
+        meanwhile += [f"{_dated_name(image)}.{kind}" for image in images for kind in CHECKSUMS]
+    return max(meanwhile, key=lambda name: len(os.fsencode(name)))
 
 
 @contextlib.contextmanager
@@ -139,7 +147,7 @@ class Outputs:
 
     def _add_files_below(self, appliance: Appliance, inside: str, base: Path, own: Sequence[str]) -> None:
         """What is below *inside* in the guest goes below *base*; names that begin with one of *own* may replace."""
-        scratch = base / f".{self._spec.name}.{_mark()}.partial"
+        scratch = base / partial_name(self._spec.name)
         self._scratch.append(scratch)
         self._note(scratch)
         scratch.mkdir()
@@ -243,7 +251,7 @@ class Outputs:
     def _put_aside(self, output: _Pending, undo: contextlib.ExitStack) -> None:
         """Give what has the name another, from which it can come back. A file has both until it is replaced."""
         # A name no longer than others of the build, whatever the guest has called its file.
-        aside = output.final.with_name(f".{self._spec.name}.{_mark()}.old")
+        aside = output.final.with_name(f".{self._spec.name}.{secrets.token_hex(4)}.old")
         note_elsewhere(self._workspace, aside, name=output.final)
         try:
             _link_or_rename(output.final, aside)
@@ -269,11 +277,10 @@ class Outputs:
             _on_undo(undo, output.final.unlink)
 
     def _keep_old(self, final: Path, drop_in: DropIn, undo: contextlib.ExitStack) -> None:
-        """Give an earlier file and its checksums the names that DIB gives them (lib/common-functions, finish_image)."""
+        """Give an earlier file and its checksums the names that DIB gives them."""
         if not drop_in.keep_old or not final.is_file():
             return
-        stem, _, suffix = final.name.rpartition(".")
-        old = final.with_name(f"{stem}-{time.strftime('%Y.%m.%d-%H.%M.%S')}.{suffix}")
+        old = final.with_name(_dated_name(final.name))
         for ending in ("", *(f".{kind}" for kind in CHECKSUMS)):
             before, now = final.with_name(final.name + ending), old.with_name(old.name + ending)
             with contextlib.suppress(FileNotFoundError):
@@ -303,7 +310,7 @@ class Outputs:
         Raises:
             OSError: there is no room for it.
         """
-        kept = self._directory / f".{self._spec.name}.{kind}.{_mark()}.partial"
+        kept = self._directory / partial_name(f"{self._spec.name}.{kind}")
         disk.chmod(0o600)
         try:
             disk.rename(kept)
@@ -327,7 +334,7 @@ class Outputs:
         A file is made here, for programs open whatever has its name, and not all know of umasks that leave more to a
         group. In a directory that others may write to, that could be a link of theirs.
         """
-        partial = self._directory / f".{name}.{_mark()}.partial"
+        partial = self._directory / partial_name(name)
         self._note(partial)
         # Before it is there: a signal may come in between.
         self._pending.append(_Pending(partial=partial, final=self._directory / name, kind=kind))
@@ -387,9 +394,10 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _mark() -> str:
-    """What nobody can know before."""
-    return secrets.token_hex(4)
+def _dated_name(name: str) -> str:
+    """What DIB calls an earlier file (lib/common-functions, finish_image)."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}-{time.strftime('%Y.%m.%d-%H.%M.%S')}.{suffix}"
 
 
 def _named_after(image: str | None) -> list[str]:
