@@ -461,9 +461,9 @@ def test_what_comes_after_the_last_look_is_not_replaced(place: Path, monkeypatch
     looked: list[str] = []
     before = sorted(os.listdir(place))
 
-    def look(base: Path, name: str, own: Sequence[str], made: Collection[Path]) -> str | None:
-        reason = look_really(base, name, own, made)
-        looked.append(name)
+    def look(output: outputs_module._Chosen, made: Collection[Path]) -> str | None:
+        reason = look_really(output, made)
+        looked.append(output.name)
         if len(looked) > 1:
             other.write_text("mine")
         return reason
