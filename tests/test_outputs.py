@@ -577,3 +577,17 @@ def test_a_signal_while_a_disk_is_kept_leaves_no_half(place: Path, monkeypatch: 
         outputs.keep(disk, "raw")
     assert sorted(os.listdir(place)) == before
     assert disk.stat().st_size == 4096
+
+
+def test_a_disk_that_is_kept_replaces_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(_path: Path, _target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(outputs_module, "partial_name", ".{}.mark.partial".format)
+    (tmp_path / "disk").touch()
+    (place / ".x.raw.mark.partial").write_text("mine")
+    outputs = Outputs(dataclasses.replace(BUILT, output_dir=place), tmp_path / "virt-dib-mark")
+    with pytest.raises(FileExistsError):
+        outputs.keep(tmp_path / "disk", "raw")
+    assert (place / ".x.raw.mark.partial").read_text() == "mine"
