@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,16 @@ import pytest
 from helpers import make_element, processes_of, skip_without
 from virt_dib import api, tools
 from virt_dib.events import Teller
-from virt_dib.interrupts import Cancellation, cancellable, check_cancelled, shielded
+from virt_dib.interrupts import (
+    Cancellation,
+    Limit,
+    cancellable,
+    check_cancelled,
+    interrupts,
+    limited,
+    shielded,
+    too_late,
+)
 from virt_dib.spec import check_spec
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -224,6 +234,33 @@ def test_cancelling_waits_for_the_end_of_a_shielded_block_and_comes_once() -> No
         work()
     assert seen == ["shielded", "undone"]
     check_cancelled()
+
+
+def test_nothing_ends_a_build_any_more_that_has_its_files_but_the_next_one() -> None:
+    cancellation = Cancellation()
+    limit = Limit(0, lambda: api.ToolError("it is over"))
+    seen: list[str] = []
+
+    def work() -> None:
+        with interrupts():
+            with cancellable(cancellation), limited(limit):
+                with shielded():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    too_late()
+                limit.start()
+                cancellation.cancel()
+                os.kill(os.getpid(), signal.SIGTERM)
+                check_cancelled()
+                seen.append("the first")
+            with cancellable(Cancellation()):
+                with shielded():
+                    seen.append("the second")
+                os.kill(os.getpid(), signal.SIGTERM)
+                seen.append("never")
+
+    with pytest.raises(api.Interrupted):
+        work()
+    assert seen == ["the first", "the second"]
 
 
 def test_cancelling_one_build_is_nothing_to_another_thread() -> None:

@@ -433,7 +433,7 @@ def test_no_file_of_another_user_is_written_to(
         outputs.convert([output], sources)
         outputs.publish()
     assert (tmp_path / final).stat().st_size > 0
-    monkeypatch.setattr("virt_dib.outputs._mark", lambda: "mark")
+    monkeypatch.setattr("virt_dib.outputs.partial_name", ".{}.mark.partial".format)
     with pytest.raises(FileExistsError), open_outputs(spec, workspace) as outputs:
         outputs.convert([output], sources)
     assert (tmp_path / "precious").read_text() == "mine"

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from virt_dib import tools
-from virt_dib.errors import ToolError
+from virt_dib import log_file, tools
+from virt_dib.errors import Interrupted, ToolError
+from virt_dib.interrupts import interrupts
 from virt_dib.log_file import LogFile
 
 
@@ -91,3 +93,20 @@ def test_of_several_builds_that_start_at_once_one_gets_it(tmp_path: Path, earlie
         answers = [output.readline() for output in outputs]
     assert sorted(answers) == [b"has it\n"] + [b"refused\n"] * 5
     assert os.listdir(path.parent) == ["d.log"]
+
+
+@pytest.mark.parametrize("at", ["_try_lock", "_give_name"])
+def test_a_signal_while_it_is_created_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    path = tmp_path / "d.log"
+    path.write_text("earlier")
+    descriptors = os.listdir("/proc/self/fd")
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(log_file, at, stop)
+    with interrupts(), pytest.raises(Interrupted):
+        LogFile(path)
+    assert os.listdir(tmp_path) == ["d.log"]
+    assert path.read_text() == "earlier"
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 import re
+import signal
 import tarfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +20,10 @@ from virt_dib import environment as contract
 from virt_dib import formats
 from virt_dib import outputs as outputs_module
 from virt_dib.appliance import Appliance
-from virt_dib.errors import ToolError
-from virt_dib.files import remove_tree
-from virt_dib.outputs import _refusal, open_outputs
+from virt_dib.errors import Interrupted, Problem, ToolError
+from virt_dib.files import copy_content, remove_tree
+from virt_dib.interrupts import interrupts
+from virt_dib.outputs import Outputs, _in_the_way, _refusal, longest_name, open_outputs
 from virt_dib.spec import BuildSpec, DropIn
 
 LINK, DEVICE = tarfile.SYMTYPE, tarfile.CHRTYPE
@@ -104,10 +107,12 @@ def test_files_come_to_the_working_directory(place: Path) -> None:
 
 
 def test_what_is_named_after_the_image_replaces(place: Path) -> None:
-    (place / "x-boot.iso").write_text("old")
-    files, refused = taken(place, Guest({"x.kernel": "new", "x-boot.iso": "new"}))
+    long = "x-".ljust(255, "l")
+    for name in ("x-boot.iso", long):
+        (place / name).write_text("old")
+    files, refused = taken(place, Guest({"x.kernel": "new", "x-boot.iso": "new", long: "new"}))
     assert refused == []
-    assert (files["x.kernel"], files["x-boot.iso"]) == ("new", "new")
+    assert (files["x.kernel"], files["x-boot.iso"], files[long]) == ("new", "new", "new")
 
 
 @pytest.mark.parametrize(
@@ -333,28 +338,142 @@ def test_what_comes_at_the_last_moment_is_an_error_too(
     )
     docker.chmod(0o755)
     monkeypatch.setenv("PATH", f"{docker.parent}:{os.environ['PATH']}")
-    with pytest.raises(ToolError, match=rf"^cannot write '{place}/x\.raw': Is a directory$") as caught:
+    with pytest.raises(ToolError, match=rf"^cannot write '{place}/x\.raw': a directory is in its place$") as caught:
         published(place, lambda: None, ["raw", "docker"], docker_target="a:1")
     assert caught.value.problems[0].hint == "move it away, and build again"
-    assert [path for path in place.iterdir() if path.name.endswith(".partial")] == []
+    assert (place / "x.d/file").read_text() == "earlier"
+    assert [path for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("command", ["virt-dib", "a drop-in"])
+def test_the_longest_name_is_one_that_no_file_needs_a_longer_one_for(place: Path, command: str) -> None:
+    drop_in = DropIn(image_name="x", working_dir=place) if command == "a drop-in" else None
+    disk = place.parent / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    images, sums = ["x.raw"], ["x.raw.md5"]
+    short = dataclasses.replace(BUILT, output_dir=place, drop_in=drop_in)
+    most = 255 - len(longest_name(short, [*images, *sums], images)) + len("x")
+
+    def build(name: str) -> None:
+        for ending in ("raw", "raw.md5", "raw.sha256"):
+            (place / f"{name}.{ending}").write_text("earlier")
+        built = dataclasses.replace(short, name=name)
+        with open_outputs(built, place.parent / "virt-dib-mark") as outputs:
+            outputs.add(cast("Appliance", Guest({"x" * 255: "new"})))
+            outputs.convert(formats.select(["raw"]), formats.Sources(disk=disk, archive=None))
+            outputs.sum()
+            outputs.publish()
+
+    build("x" * most)
+    assert (place / f"{'x' * most}.raw.md5").read_text() != "earlier"
+    with pytest.raises(OSError, match="File name too long"):
+        build("x" * (most + 1))
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
+    """Has something of a kind come to the place of an output after the last look at it."""
+
+    def come(path: Path, kind: str) -> None:
+        def look(output: outputs_module._Pending) -> Problem | None:
+            found = _in_the_way(output)
+            if output.final == path:
+                replace_by(path, kind)
+            return found
+
+        monkeypatch.setattr(outputs_module, "_in_the_way", look)
+
+    return come
+
+
+def state(directory: Path) -> dict[str, tuple[int, str | None]]:
+    """All that is below, and which files those are."""
+    return {
+        str(path.relative_to(directory)): (
+            path.lstat().st_ino,
+            path.read_text() if path.is_file() and not path.is_symlink() else None,
+        )
+        for path in directory.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("file_system", ["with links", "without links"])
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("x.raw.md5", "directory", "Is a directory"),
+        ("x.raw", "directory", "Is a directory"),
+        ("x.d", "file", "Not a directory"),
+        ("x.d", "link", "Not a directory"),
+    ],
+)
+def test_what_comes_after_the_last_look_is_an_error_and_earlier_files_come_back(
+    place: Path,
+    late: Callable[[Path, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    file_system: str,
+    name: str,
+    kind: str,
+    reason: str,
+) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if file_system == "without links":
+        monkeypatch.setattr(os, "link", link)
+    late(place / name, kind)
+    before: dict[str, tuple[int, str | None]] = {}
+    with pytest.raises(ToolError, match=rf"^cannot write '{place}/{name}': {reason}$") as caught:
+        published(place, lambda: before.update(state(place)))
+    assert caught.value.problems[0].hint == "move it away, and build again"
+    after = state(place)
+    others = {path for path in before if Path(path).parts[0] != name and not path.startswith(".")}
+    assert {path: after[path] for path in others} == {path: before[path] for path in others}
+    assert after.keys() - others == {name}
+    there = place / name
+    assert (there.is_symlink(), there.is_file()) == (kind == "link", kind == "file")
+
+
+def test_files_that_the_guest_and_drop_ins_have_named_come_back_too(
+    place: Path, late: Callable[[Path, str], None]
+) -> None:
+    for earlier in ("x.raw", "x.raw.md5"):
+        (place / earlier).write_text("earlier")
+    before = state(place)
+    disk = place.parent / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    built = dataclasses.replace(BUILT, output_dir=place, drop_in=DropIn(image_name="x", working_dir=place))
+    late(place / "x.tgz", "directory")
+    outputs = Outputs(built, place.parent / "virt-dib-mark")
+    outputs.add(cast("Appliance", Guest({"x.kernel": "new", "a/b/other": "o", "other": "o"})))
+    outputs.convert(formats.select(["raw", "tgz"]), formats.Sources(disk=disk, archive=disk))
+    outputs.sum()
+    with pytest.raises(ToolError, match=rf"^cannot write '{place}/x\.tgz': Is a directory$"):
+        outputs.publish()
+    outputs.discard()
+    assert outputs.renamed == []
+    (place / "x.tgz").rmdir()
+    assert state(place) == before
 
 
 def test_what_comes_after_the_last_look_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    late = place / "other"
+    other = place / "other"
     looked: list[str] = []
+    before = sorted(os.listdir(place))
 
-    def look(base: Path, name: str, own: Sequence[str], made: Collection[Path]) -> str | None:
-        reason = look_really(base, name, own, made)
-        looked.append(name)
+    def look(output: outputs_module._Chosen, made: Collection[Path]) -> str | None:
+        reason = look_really(output, made)
+        looked.append(output.name)
         if len(looked) > 1:
-            late.write_text("mine")
+            other.write_text("mine")
         return reason
 
     look_really = _refusal
     monkeypatch.setattr(outputs_module, "_refusal", look)
-    with pytest.raises(ToolError, match=rf"^cannot write '{late}': File exists$"):
+    with pytest.raises(ToolError, match=rf"^cannot write '{other}': File exists$"):
         taken(place, Guest({"other": "theirs"}))
-    assert late.read_text() == "mine"
+    assert other.read_text() == "mine"
+    assert sorted(os.listdir(place)) == sorted([*before, "other"])
 
 
 # ---- builds that fail ----
@@ -373,3 +492,102 @@ def test_nothing_is_left_of_a_build_that_fails(place: Path) -> None:
         fail()
     assert sorted(os.listdir(place)) == before
     assert (place / "x.kernel").read_text() == "old"
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have a signal come while a function of the module works."""
+    really = getattr(outputs_module, name)
+
+    def work(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return really(*arguments)
+
+    monkeypatch.setattr(outputs_module, name, work)
+
+
+@pytest.mark.parametrize("at", ["_link_or_rename", "_remove", "remove_tree"])
+def test_a_signal_is_too_late_while_files_get_their_names(
+    place: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    signal_at(monkeypatch, at)
+    with interrupts():
+        published(place, lambda: None)
+    assert (place / "x.d/file").read_text() == "new"
+    assert (place / "x.raw").stat().st_size == 1 << 20
+    assert [path for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def engine(place: Path, monkeypatch: pytest.MonkeyPatch, removing: str) -> None:
+    """A docker that does *removing* before it removes an image."""
+    docker = place.parent / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text(f"#!/bin/sh\ncase $1 in import) echo {'0' * 64};; rmi) {removing};; esac\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{docker.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("error", [KeyError, Interrupted])
+def test_nothing_is_left_where_the_engine_has_gone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    engine(place, monkeypatch, "")
+
+    def fail() -> None:
+        (place.parent / "bin/docker").unlink()
+        raise error
+
+    with pytest.raises(error):
+        published(place, fail, ["raw", "docker"], docker_target="a:1")
+    assert [path for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def test_nothing_is_left_where_a_signal_comes_while_the_engine_removes_the_image(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine(place, monkeypatch, f"kill -TERM {os.getpid()}; sleep 60")
+
+    def fail() -> None:
+        raise KeyError
+
+    with interrupts(), pytest.raises(Interrupted):
+        published(place, fail, ["raw", "docker"], docker_target="a:1")
+    assert [path for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_signal_while_a_disk_is_kept_leaves_no_half(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = place.parent / "disk"
+    disk.write_bytes(b"disk" * 1024)
+    before = sorted(os.listdir(place))
+
+    def rename(_path: Path, _target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def copy(reader: int, writer: int) -> None:
+        copy_content(reader, writer)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(outputs_module, "copy_content", copy)
+    spec = dataclasses.replace(BUILT, output_dir=place, delete_on_failure=False)
+    with (
+        interrupts(),
+        pytest.raises(Interrupted),
+        open_outputs(spec, place.parent / "virt-dib-mark") as outputs,
+    ):
+        outputs.keep(disk, "raw")
+    assert sorted(os.listdir(place)) == before
+    assert disk.stat().st_size == 4096
+
+
+def test_a_disk_that_is_kept_replaces_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(_path: Path, _target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(outputs_module, "partial_name", ".{}.mark.partial".format)
+    (tmp_path / "disk").touch()
+    (place / ".x.raw.mark.partial").write_text("mine")
+    outputs = Outputs(dataclasses.replace(BUILT, output_dir=place), tmp_path / "virt-dib-mark")
+    with pytest.raises(FileExistsError):
+        outputs.keep(tmp_path / "disk", "raw")
+    assert (place / ".x.raw.mark.partial").read_text() == "mine"

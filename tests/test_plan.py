@@ -14,7 +14,7 @@ from helpers import TESTS, make_element
 from virt_dib import environment, prerequisites, tools
 from virt_dib.errors import Problem, UsageError, VirtDibError
 from virt_dib.plan import BuildPlan, make_plan
-from virt_dib.spec import DEFAULT_MEMORY_MIB, BuildSpec, Phase
+from virt_dib.spec import DEFAULT_MEMORY_MIB, BuildSpec, DropIn, Phase
 
 
 @pytest.fixture
@@ -150,6 +150,28 @@ def test_something_in_the_place_of_the_directory(place: Path, kind: str) -> None
     else:
         path.symlink_to(place if kind == "link" else "nothing")
     assert f"cannot write the directory '{path}'" in str(refused(place))
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest"),
+    [
+        ({"formats": ("qcow2",)}, 231),
+        ({"formats": ("qcow2",), "checksums": ("md5", "sha256")}, 224),
+        ({"formats": ("raw",), "drop_in": DropIn(image_name="x", working_dir=Path())}, 224),
+        ({"formats": ("raw",), "drop_in": DropIn(image_name="x", working_dir=Path(), keep_old=False)}, 233),
+        ({"formats": ()}, 233),
+    ],
+)
+def test_a_name_too_long_for_what_files_are_called_meanwhile(
+    place: Path, fields: Mapping[str, object], longest: int
+) -> None:
+    planned(place, None, name="x" * longest, **fields)
+    error = refused(place, None, name="x" * (longest + 1), **fields)
+    assert isinstance(error, UsageError)
+    *_, problem = error.problems
+    assert problem.message.startswith(f"cannot write '{place}/out/")
+    assert problem.message.endswith("': File name too long")
+    assert problem.hint == "give a shorter --name"
 
 
 def test_ramdisk_mode_has_no_formats_and_one_element_more(place: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -28,6 +29,11 @@ def temp_dir(environ: Mapping[str, str] = os.environ, *, root: Path = Path("/"))
 def temp_dir_variable(environ: Mapping[str, str] = os.environ) -> str:
     """The variable that says where that is, or would if it was set."""
     return "LIBGUESTFS_TMPDIR" if environ.get("LIBGUESTFS_TMPDIR") else "TMPDIR"
+
+
+def partial_name(name: str) -> str:
+    """What a file is called that is to get *name*, until it is complete. Nobody can know it before."""
+    return f".{name}.{secrets.token_hex(4)}.partial"
 
 
 def remove_stale(directory: Path, pattern: str) -> None:

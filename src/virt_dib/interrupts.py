@@ -76,6 +76,7 @@ class _State(threading.local):
     depth = 0
     came = False
     raised = False
+    late = False
     cancellation: Cancellation | None = None
     limits: tuple[Limit, ...] = ()
 
@@ -90,7 +91,7 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 
 def _raise_once() -> None:
-    if not _state.raised:
+    if not (_state.raised or _state.late):
         _state.raised = True
         raise Interrupted
 
@@ -114,7 +115,7 @@ def interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.came = _state.raised = False
+    _state.came = _state.raised = _state.late = False
     with contextlib.ExitStack() as restored:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -124,13 +125,25 @@ def interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cancellable(cancellation: Cancellation | None) -> Iterator[None]:
-    """Let *cancellation* end what this thread does in the block, at its next :func:`check_cancelled`."""
+    """Let *cancellation* end what this thread does in the block, at its next :func:`check_cancelled`.
+
+    See :func:`too_late`, too.
+    """
     before, _state.cancellation = _state.cancellation, cancellation
     try:
         check_cancelled()
         yield
     finally:
         _state.cancellation = before
+        if _state.late:
+            _state.came = _state.late = False
+
+
+def too_late() -> None:
+    """Let nothing more end what this thread does in its :func:`cancellable` block: it has done what was asked for."""
+    _state.late = True
+    _state.cancellation = None
+    _state.limits = ()
 
 
 @contextlib.contextmanager

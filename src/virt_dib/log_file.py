@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from virt_dib.errors import ToolError
+from virt_dib.files import partial_name
 
 
 class LogFile:
@@ -28,18 +28,19 @@ class LogFile:
         self.at_line_start = True
         self._ended = False
         # A fresh name: whatever bears the final one, a link perhaps, is replaced and never written to.
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        partial = path.with_name(partial_name(path.name))
         on_elsewhere(partial)
+        self._descriptor = -1
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            self._descriptor = os.open(partial, flags, 0o666)
             try:
+                self._descriptor = os.open(partial, flags, 0o666)
                 # Whoever has the name has the lock, for as long as his build goes on.
                 _try_lock(self._descriptor)
                 _give_name(partial, path)
-            except (OSError, ToolError):
+            except BaseException:
+                self.close()
                 partial.unlink(missing_ok=True)
-                os.close(self._descriptor)
                 raise
         except OSError as error:
             raise ToolError(

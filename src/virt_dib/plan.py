@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import stat
@@ -39,6 +40,7 @@ from virt_dib.formats import Format, TreeFormat
 from virt_dib.hooks import HookTree
 from virt_dib.image_cache import ImageCache
 from virt_dib.layout import Layout
+from virt_dib.outputs import longest_name
 from virt_dib.releases import Rules
 from virt_dib.scripts import Scripts
 from virt_dib.spec import (
@@ -303,6 +305,7 @@ def _check_places(spec: BuildSpec, outputs: Sequence[Format]) -> None:
     images = [formats.file_name(spec, output) for output in outputs if output.is_file]
     sums = [f"{name}.{kind}" for name in images for kind in spec.checksums]
     names = [*([f"{spec.name}.log"] if spec.drop_in is None else []), *images, *sums]
+    _type(directory / longest_name(spec, names, images))
     problems = [
         Problem(f"cannot write '{directory / name}': a directory is in its place", hint)
         for name in names
@@ -410,7 +413,8 @@ def _type(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UsageError(f"cannot write '{path}': {error.strerror}", hint="give another --name") from error
+        hint = "give a shorter --name" if error.errno == errno.ENAMETOOLONG else "give another --name"
+        raise UsageError(f"cannot write '{path}': {error.strerror}", hint=hint) from error
 
 
 def _choose(spec: BuildSpec, search_path: Sequence[Path], rules: Rules) -> tuple[Element, ...]:
