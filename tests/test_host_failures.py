@@ -525,6 +525,7 @@ def test_a_temporary_directory_that_is_not_there(tmp_path: Path, monkeypatch: py
     assert told(caught)[0] == f"making a directory for the build in '{tmp_path}/none': No such file or directory"
     assert "TMPDIR" in told(caught)[1]
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    (tmp_path / "image").write_bytes(bytes(1 << 20))
     with pytest.raises(ToolError) as caught:
         boot.boot_test(tmp_path / "image", image_format="raw", accelerate=False)
     assert told(caught)[0] == f"making a directory for the boot test in '{tmp_path}/none': No such file or directory"

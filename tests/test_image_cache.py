@@ -395,7 +395,7 @@ build = Build(top / "cache", top / "killed")
 (build.copy / "git/HEAD").write_text("two")
 def kill(name, arguments):
     global left
-    if name == event and "/git" in str(arguments[0]):
+    if name == event and ("/git" in str(arguments[0]) or arguments[0] == "HEAD"):
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -151,7 +151,7 @@ class Splitter:
     _rest: bytes = field(default=b"")
 
     def feed(self, data: bytes) -> Iterator[bytes | Event]:
-        """Yield pieces of output and events in their order, in time linear in *data*, which a guest may have forged."""
+        """Yield output and events in their order, in time linear in *data* and in what is open, which may be forged."""
         mark = _RS + self.token + b" "
         data, position, self._rest = self._rest + data, 0, b""
         while position < len(data):
