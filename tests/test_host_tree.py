@@ -133,3 +133,15 @@ def test_what_was_not_changed_stays_where_it_is(journey: Journey) -> None:
     after = {path: path.lstat().st_ino for path in journey.appliance.rglob("*")}
     gone = {str(path.relative_to(journey.appliance / "mnt")) for path in before if before[path] != after.get(path)}
     assert gone == {"b/one", "b/third", "a/inner", "a/inner/file", "a/inner/inmost", "a/inner/inmost/file"}
+
+
+def test_holes_of_files_are_holes_everywhere(journey: Journey) -> None:
+    make = "truncate --size 32M {0}/one {0}/two {0}/three; echo end >>{0}/one; echo end >>{0}/three"
+    journey.script(journey.appliance / "mnt", make.format("empty"))
+    journey.run(make.format("b") + "; rm empty/two; mv empty/three empty/four")
+    assert shape(journey.appliance) == shape(journey.host)
+    places = (journey.appliance / "mnt", journey.host / "mnt")
+    files = [path for place in places for path in place.rglob("*") if path.lstat().st_size >= 32 << 20]
+    assert len(files) == 10
+    assert [path for path in files if path.stat().st_blocks * 512 > 1 << 20] == []
+    assert (journey.top / "tree.tar").stat().st_size < 1 << 20

@@ -294,7 +294,7 @@ def copy_from(host: Host, appliance: Appliance) -> Copy:
     """
     _in_appliance(appliance, "pack", _ARCHIVE, contract.BUILD_DIR, *_NAMES).check("packing the tree")
     archive = host.directory / "tree.tar"
-    # Scripts of the tree can have made it longer than the disk that it lies on, out of holes.
+    # Scripts of the tree can still be at work, and what they write to has any length, out of holes.
     appliance.download(_ARCHIVE, archive, limit_bytes=BUILD_DISK_BYTES)
     content = Content(directory=host.directory / "content", ids=find_ids(), is_copy=True)
     for name in _NAMES:

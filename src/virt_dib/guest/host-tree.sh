@@ -14,7 +14,7 @@
 set -eu
 set -o pipefail
 
-tar=(tar --numeric-owner --xattrs --acls)
+tar=(tar --numeric-owner --xattrs --acls --sparse)
 names_from_input=(--format posix --null --no-recursion --verbatim-files-from --files-from -)
 
 # Show the directories at a place where nothing is mounted in them.
