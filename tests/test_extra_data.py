@@ -12,6 +12,7 @@ import pwd
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -25,6 +26,8 @@ from helpers import ODD_VALUE, TESTS, Run, make_element, make_tiny_os, tree_stag
 from test_failures import wait_for
 from test_sandbox import ordinary_user
 from virt_dib import layout, namespaces, tools
+from virt_dib.errors import ApplianceError
+from virt_dib.files import remove_tree
 
 pytestmark = pytest.mark.sandbox
 
@@ -373,6 +376,160 @@ def test_what_it_leaves_in_the_cache_is_the_users_and_no_way_to_them(attack: Att
     assert found["program"].st_mode & 0o7777 == 0o755
 
 
+def as_user(directory: Path, code: str, *arguments: str) -> str:
+    """What *code* prints where the user is 0; it is given host-owners.py and *arguments*.
+
+    Raises:
+        ApplianceError: it fails.
+    """
+    (directory / "code.py").write_text(code)
+    words = [sys.executable, "-I", "-S", directory / "code.py", layout.guest_script("host-owners.py"), *arguments]
+    with namespaces.inside_namespace(["own", *map(str, words)], directory) as inside:
+        namespaces.find_ids().map_as_user(inside.process.pid)
+        inside.send(b"go")
+        namespaces.finish(inside, "giving files their owners")
+        return inside.said()
+
+
+GIVE = """
+import runpy, subprocess, sys
+_, script, top, before, after = sys.argv
+subprocess.run(["/bin/bash", "-euc", before], cwd=top, check=True)
+sys.argv = [script, "cache", top]
+runpy.run_path(script)
+subprocess.run(["/bin/bash", "-euc", after], cwd=top, check=True)
+"""
+"""The cache gets its owners, between two texts of bash."""
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of others")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "cache"
+    path.mkdir()
+    yield path
+    remove_tree(path)
+
+
+def shown(*paths: Path) -> list[str]:
+    """Modes and owners."""
+    states = [path.lstat() for path in paths]
+    return [f"{stat.S_IMODE(state.st_mode):o} {state.st_uid}:{state.st_gid}" for state in states]
+
+
+@pytest.mark.needs_root
+@only_root
+def test_what_belongs_to_others_in_the_cache_stays_theirs(tmp_path: Path, cache: Path) -> None:
+    """As after sudo disk-image-create, or with other users."""
+    for name, owner, mode in (("theirs", 54321, 0o4755), ("closed", 54321, 0o700)):
+        (cache / name).mkdir()
+        (cache / name / "program").touch()
+        for path in (cache / name / "program", cache / name):
+            os.chown(path, owner, owner + 1)
+            path.chmod(mode)
+    script = "for i in 1 2 3 4; do mkdir d$i; cp /bin/true d$i/x; chown 33:34 d$i/x; chmod 4755 d$i/x; done"
+    as_user(tmp_path, GIVE, str(cache), script, ":")
+    assert shown(cache / "theirs/program", cache / "closed") == ["4755 54321:54322", "700 54321:54322"]
+    assert shown(*(cache / f"d{number}/x" for number in range(1, 5))) == ["755 0:0"] * 4
+
+
+@pytest.mark.needs_root
+@only_root
+def test_the_group_of_a_shared_cache_stays(tmp_path: Path, cache: Path) -> None:
+    (cache / "file").touch()
+    for path, mode in ((cache, 0o2777), (cache / "file", 0o664)):
+        os.chown(path, 0, 54321)
+        path.chmod(mode)
+    script = """
+    umask 022
+    touch new
+    mkdir nobody; chgrp 0 nobody; chown 65534:65534 nobody
+    cp /bin/true setuid; chmod 4755 setuid
+    python3 -c 'import os; os.setresuid(33, 33, 33); os.mkdir("inner"); os.close(os.open("inner/others", os.O_CREAT))
+os.chmod("inner/others", 0o4755)'
+    mkdir hidden; cp /bin/true hidden/program; chmod 4755 hidden/program; chmod 077 hidden
+    """
+    as_user(tmp_path, GIVE, str(cache), script, ":")
+    assert shown(cache, cache / "file", cache / "new") == ["2777 0:54321", "664 0:54321", "644 0:54321"]
+    assert shown(cache / "setuid", cache / "hidden/program") == ["755 0:54321"] * 2
+    assert shown(cache / "nobody", cache / "inner", cache / "inner/others") == ["2755 0:0", "2755 0:0", "755 0:0"]
+
+
+DEEP = """
+import os, runpy, shutil, stat, sys
+_, script, top = sys.argv
+os.chdir(top)
+for _ in range(3000):
+    os.mkdir("d")
+    os.chdir("d")
+shutil.copy("/bin/true", "program")
+os.chown("program", 33, 33)
+os.chmod("program", 0o4755)
+sys.argv = [script, "cache", top]
+try:
+    runpy.run_path(script)
+finally:
+    state = os.stat("program")
+    print(f"{stat.S_IMODE(state.st_mode):o} {state.st_uid}:{state.st_gid}")
+"""
+
+
+def test_there_may_be_any_number_of_directories_in_each_other(tmp_path: Path, cache: Path) -> None:
+    assert as_user(tmp_path, DEEP, str(cache)) == "755 0:0\n"
+
+
+MOVE = """
+import os, runpy, sys
+_, script, top, left = sys.argv
+os.chdir(top)
+os.makedirs("a/b/c")
+os.mkdir("z")
+for number in range(20):
+    for directory in ("a", "a/b", "a/b/c", "."):
+        os.close(os.open(f"{directory}/{number}", os.O_CREAT))
+        os.chown(f"{directory}/{number}", 33, 33)
+left = int(left)
+def move(name, arguments):
+    global left
+    if name == "os.chown" and left and "/c/" in os.readlink(arguments[0]):
+        left -= 1
+        os.rename(*("a/b/c", "z/c") if os.path.exists("a/b/c") else ("z/c", "a/b/c"))
+sys.addaudithook(move)
+sys.argv = [script, "cache", top]
+try:
+    runpy.run_path(script)
+finally:
+    print(len([1 for place, _, names in os.walk(".") for name in names if os.stat(f"{place}/{name}").st_uid]))
+"""
+
+
+def test_a_directory_that_somebody_moves_is_gone_through_again(tmp_path: Path, cache: Path) -> None:
+    assert as_user(tmp_path, MOVE, str(cache), "1") == "0\n"
+    remove_tree(cache)
+    cache.mkdir()
+    assert as_user(tmp_path, MOVE, str(cache), "3") == "0\n"
+
+
+def test_it_is_told_what_has_not_got_its_owner(tmp_path: Path, cache: Path) -> None:
+    """Somebody makes six files unchangeable meanwhile."""
+    refused = """
+import os, runpy, sys
+_, script, top = sys.argv
+for number in range(7):
+    os.close(os.open(f"{top}/{number}", os.O_CREAT))
+    os.chown(f"{top}/{number}", 33, 33)
+def refuse(name, arguments):
+    if name == "os.chown" and not os.readlink(arguments[0]).endswith("/4"):
+        raise OSError(30, "Read-only file system")
+sys.addaudithook(refuse)
+sys.argv = [script, "cache", top]
+runpy.run_path(script)
+"""
+    with pytest.raises(ApplianceError, match=r"and 2 more$"):
+        as_user(tmp_path, refused, str(cache))
+    assert sorted(path.name for path in cache.iterdir() if path.stat().st_uid == os.geteuid()) == ["4"]
+
+
 SWAP = """
 import json, os, runpy, shutil, stat, sys
 _, script, kind, event, left, top = sys.argv
@@ -417,14 +574,7 @@ def test_a_file_that_becomes_a_link_before_it_gets_its_owner(
     tmp_path: Path, kind: str, event: str, number: int
 ) -> None:
     """A process of the sandbox, or of another user, swaps it before that call."""
-    (tmp_path / "swap.py").write_text(SWAP)
-    arguments = [str(layout.guest_script("host-owners.py")), kind, event, str(number), str(tmp_path)]
-    command = [sys.executable, "-I", "-S", str(tmp_path / "swap.py"), *arguments]
-    with namespaces.inside_namespace(["own", *command], tmp_path) as inside:
-        namespaces.find_ids().map_as_user(inside.process.pid)
-        inside.send(b"go")
-        namespaces.finish(inside, "giving files their owners")
-        program, victim = inside.said().splitlines()
+    program, victim = as_user(tmp_path, SWAP, kind, event, str(number), str(tmp_path)).splitlines()
     assert victim == "2711 0:0"
     root = namespaces.OTHER_ROOT
     assert program == (f"4755 {root}:{root} security.capability" if kind == "tree" else "755 0:0")

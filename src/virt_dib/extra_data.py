@@ -36,9 +36,10 @@ _OWNED_SETTINGS = ("/etc/ssh", "/etc/crypto-policies/back-ends")
 """ssh takes no settings of a user it does not know, as the host's root is one here."""
 _RESOLVER = "/etc/resolv.conf"
 _SUDO = "/usr/bin/sudo"
-_SCRIPTS = ("run-phase.sh", "host-owners.py", "host-tree.sh", "host-removed.py", "shell-link.py")
+_SCRIPTS = ("run-phase.sh", "host-owners.py", "host-tree.sh", "host-removed.py", "host-changed.py", "shell-link.py")
 _NAMES = ("mnt", "hooks")
 """The tree and the hooks, in the directory of a build."""
+_BEFORE = "before"
 _ARCHIVE = f"{contract.BUILD_DIR}/host.tar"
 _REMOVED = f"{contract.BUILD_DIR}/host.removed"
 
@@ -293,13 +294,15 @@ def copy_from(host: Host, appliance: Appliance) -> Copy:
     """
     _in_appliance(appliance, "pack", _ARCHIVE, contract.BUILD_DIR, *_NAMES).check("packing the tree")
     archive = host.directory / "tree.tar"
-    # Scripts of the tree can have made it longer than the disk that it lies on, out of holes.
+    # Scripts of the tree can still be at work, and what they write to has any length, out of holes.
     appliance.download(_ARCHIVE, archive, limit_bytes=BUILD_DISK_BYTES)
     content = Content(directory=host.directory / "content", ids=find_ids(), is_copy=True)
     for name in _NAMES:
         (content.directory / "build" / name).mkdir(parents=True)
-    unpacked = _on_archive(host, content, archive, "unpack", host.facts.build_dir)
+    unpacked = _on_archive(host, content, archive, "unpack", host.facts.build_dir, f"/tmp/{_BEFORE}")  # noqa: S108
     unpacked.check("unpacking the tree on the host")
+    # Where no script can write.
+    (host.directory / "tmp" / _BEFORE).rename(host.runner / _BEFORE)
     return Copy(content=content, archive=archive, begun=unpacked.tail.splitlines()[-1])
 
 
@@ -311,7 +314,7 @@ def copy_back(host: Host, copy: Copy, appliance: Appliance) -> None:
     """
     # A name that no script knows, which could have left something there.
     out = Path("/tmp", secrets.token_hex(12))  # noqa: S108 - the phase's own
-    words = ("changes", host.facts.build_dir, copy.begun, str(out))
+    words = ("changes", host.facts.build_dir, f"{contract.GUEST}/{_BEFORE}", copy.begun, str(out))
     _on_archive(host, copy.content, copy.archive, *words).check("packing what has changed on the host")
     for name, target in (("changes.tar", _ARCHIVE), ("removed", _REMOVED)):
         appliance.upload(host.directory / "tmp" / out.name / name, target)

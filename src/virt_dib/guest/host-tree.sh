@@ -8,13 +8,13 @@
 #     pack ARCHIVE DIRECTORY NAME...
 #     apply ARCHIVE REMOVED DIRECTORY NAME...     remove what the file REMOVED names, then unpack what has changed
 # On the host, with the archive of 'pack' on standard input:
-#     unpack DIRECTORY                prints the time after which a change is a change
-#     changes DIRECTORY TIME OUT      makes OUT, with changes.tar and removed in it
+#     unpack DIRECTORY BEFORE         makes BEFORE, which says what is where; prints the time from which on changes count
+#     changes DIRECTORY BEFORE TIME OUT       makes OUT, with changes.tar and removed in it
 
 set -eu
 set -o pipefail
 
-tar=(tar --numeric-owner --xattrs --acls)
+tar=(tar --numeric-owner --xattrs --acls --sparse)
 names_from_input=(--format posix --null --no-recursion --verbatim-files-from --files-from -)
 
 # Show the directories at a place where nothing is mounted in them.
@@ -53,6 +53,7 @@ unpack() {
     # Other attributes a user cannot set.
     "${tar[@]}" --xattrs-include 'user.*' --xattrs-include security.capability \
         --extract --preserve-permissions --directory "$1" --file -
+    (cd "$1" && find . -mindepth 1 -printf '%i %p\0') >"$2"
     # Changes of files are dated by a clock with ticks of up to 10 ms.
     sleep 0.05
     date +@%s.%N
@@ -60,11 +61,12 @@ unpack() {
 }
 
 changes() {
-    local directory=$1 begun=$2 out=$3
+    local directory=$1 before=$2 begun=$3 out=$4
     mkdir -m 700 "$out"
     cd "$directory"
     python3 -I -S "${BASH_SOURCE[0]%/*}/host-removed.py" >"$out/removed"
-    find . -mindepth 1 ! -type s -newerct "$begun" -print0 |
+    find . -mindepth 1 ! -type s \( -newerct "$begun" -printf + -o -printf - \) -printf '%i %p\0' >"$out/now"
+    python3 -I -S "${BASH_SOURCE[0]%/*}/host-changed.py" "$before" "$out/now" |
         "${tar[@]}" --create --file "$out/changes.tar" "${names_from_input[@]}"
 }
 
