@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time Debian builds: the sandbox against the emulated appliance, and against DIB's own disk-image-create.
 
-    bench/debian_build.py [--compare vm|dib] [--runs N] [--vm-runs N] [--vm-seconds S] [--warm-appliance]
+    bench/debian_build.py [--compare vm|dib] [--runs N] [--vm-runs N] [--vm-seconds S] [--warm-appliance] [--boot]
 
 Two comparisons, both unless --compare names one:
 
 vm   debian-minimal with a partition table, the tree stage in the sandbox, and all in the appliance. Neither uses
-     KVM. A build in the appliance takes about half an hour: --vm-runs makes fewer of them, --vm-seconds takes a
-     figure measured before instead.
+     KVM. The runs are of MBR, GPT and EFI in turn. A build in the appliance takes about half an hour: --vm-runs makes
+     fewer of them, --vm-seconds takes a figure measured before instead. With --boot each image is started afterwards,
+     which is not in the seconds of its run.
 dib  debian-minimal without a partition table, in the sandbox, and with disk-image-create as root, which needs loop
      devices.
 
@@ -36,6 +37,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from virt_dib import formats, tools
 
@@ -59,6 +61,10 @@ class Side:
     command: Sequence[str | Path]
     variables: Mapping[str, str]
     runs: int
+    layouts: Sequence[str | None] = (None,)
+    """The elements that the runs have beside those of the command, in turn."""
+    boot: bool = False
+    """Whether what a run has built is started."""
     seconds: list[float] = field(default_factory=list)
     output: str = ""
     sizes: str = ""
@@ -67,6 +73,11 @@ class Side:
     def median(self) -> float:
         """Of the seconds of all runs."""
         return statistics.median(self.seconds)
+
+    def layout(self, number: int) -> list[str]:
+        """The elements that run *number* has beside those of the command; run 0 is the warm-up."""
+        element = self.layouts[max(number - 1, 0) % len(self.layouts)]
+        return [] if element is None else [element]
 
 
 # ---- what is compared ----
@@ -126,19 +137,32 @@ def run(side: Side, number: int, scratch: Path) -> None:
         os.sync()
         busy = os.getloadavg()[0]
         processors, begun = processor_seconds(), time.monotonic()
-        result = tools.run(side.command, doing="building", environment=environment, cwd=Path(name), check=False)
+        command = [*side.command, *side.layout(number)]
+        result = tools.run(command, doing="building", environment=environment, cwd=Path(name), check=False)
         took, processors = time.monotonic() - begun, processor_seconds() - processors
         if result.exit_status != 0:
-            lines = [*result.stdout.splitlines(), *result.stderr.splitlines()][-_LAST_LINES:]
-            print("\n".join([f"{kind}  {side.name} failed with exit status {result.exit_status}:", *lines]))
-            sys.exit(1)
+            fail(f"{kind}  {side.name}", result)
         side.sizes = sizes(Path(name))
-    side.seconds.append(took)
-    side.output = result.stdout
-    print(
-        f"{kind:7}  {side.name:17} {took:7.1f} s  (processors {processors:.1f} s; load before it {busy:.1f})",
-        flush=True,
-    )
+        side.seconds.append(took)
+        side.output = result.stdout
+        print(
+            f"{kind:7}  {side.name:17} {took:7.1f} s  (processors {processors:.1f} s; load before it {busy:.1f})",
+            *side.layout(number),
+            flush=True,
+        )
+        if side.boot and number:
+            command = [_PROGRAMS / "virt-dib-boot-test", "d.qcow2"]
+            result = tools.run(command, doing="booting", environment=environment, cwd=Path(name), check=False)
+            if result.exit_status != 0:
+                fail(f"{kind}  {side.name}, its boot test", result)
+            print(f"{kind:7}  {result.stdout.splitlines()[-1]}", flush=True)
+
+
+def fail(what: str, result: tools.Result) -> NoReturn:
+    """End the benchmark with the last lines of what has failed."""
+    lines = [*result.stdout.splitlines(), *result.stderr.splitlines()][-_LAST_LINES:]
+    print("\n".join([f"{what} failed with exit status {result.exit_status}:", *lines]))
+    sys.exit(1)
 
 
 def processor_seconds() -> float:
@@ -199,8 +223,11 @@ def compare_vm(given: argparse.Namespace, scratch: Path, appliance: Path | None)
     """Sandbox and appliance, with a partition table."""
     elements = ["debian-minimal", "vm"]
     options = ["--kvm", "off", "--isolation"]
+    layouts = (None, "block-device-gpt", "block-device-efi")
     sandbox = virt_dib("sandbox", [*options, "sandbox"], elements, given.runs, appliance)
     vm = virt_dib("vm", [*options, "vm"], elements, given.vm_runs or given.runs, appliance)
+    for side in (sandbox, vm):
+        side.layouts, side.boot = layouts, given.boot
     if given.vm_seconds is not None:
         vm.runs, vm.seconds = 0, [given.vm_seconds]
     compare(
@@ -239,6 +266,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=positive, default=3, help="how often each side builds (default: 3)")
     parser.add_argument("--vm-runs", type=positive, help="how often the appliance does (default: that of --runs)")
     parser.add_argument("--vm-seconds", type=float, help="do not build in the appliance, which has taken so long")
+    parser.add_argument("--boot", action="store_true", help="start each image of the comparison with the appliance")
     parser.add_argument("--warm-appliance", action="store_true", help="have virt-dib's appliance made before, untimed")
     return parser.parse_args()
 

@@ -505,7 +505,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(outputs_module, name, work)
 
 
-@pytest.mark.parametrize("at", ["_link_or_rename", "_remove", "remove_tree"])
+@pytest.mark.parametrize("at", ["_link_or_rename", "remove_any", "remove_tree"])
 def test_a_signal_is_too_late_while_files_get_their_names(
     place: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

@@ -221,7 +221,7 @@ def test_nobody_else_removes_a_directory_while_its_own_build_does(
         found.append(remove_leftovers(tmp_path))
         remove_tree(path)
 
-    monkeypatch.setattr("virt_dib.workspace.remove_tree", look)
+    monkeypatch.setattr("virt_dib.files.remove_tree", look)
     with open_workspace(tmp_path) as directory:
         (directory / "tree").mkdir()
     assert found == [[]]

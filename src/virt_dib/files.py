@@ -50,6 +50,15 @@ def remove_stale(directory: Path, pattern: str) -> None:
                     path.unlink()
 
 
+def remove_any(path: Path) -> None:
+    """Remove the file, link or directory *path*, or what can be removed of it; there may be nothing at all."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def remove_tree(path: Path) -> None:
     """Remove the directory *path* as far as possible, directories that may not be written too.
 

@@ -19,7 +19,7 @@ from virt_dib import environment as contract
 from virt_dib.appliance import Appliance
 from virt_dib.archives import Imported
 from virt_dib.errors import Problem, ToolError
-from virt_dib.files import copy_content, partial_name, remove_tree
+from virt_dib.files import copy_content, partial_name, remove_any, remove_tree
 from virt_dib.interrupts import shielded, too_late
 from virt_dib.report import Artifact
 from virt_dib.spec import CHECKSUMS, BuildSpec, DropIn
@@ -233,7 +233,7 @@ class Outputs:
             too_late()
             self._pending.clear()
             for aside in [*self._aside, *self._scratch]:
-                _remove(aside)
+                remove_any(aside)
         return tuple(published)
 
     def _look_again(self) -> None:
@@ -316,7 +316,7 @@ class Outputs:
         try:
             with shielded():
                 for path in [*(output.partial for output in self._pending), *self._scratch]:
-                    _remove(path)
+                    remove_any(path)
         finally:
             if self._imported is not None:
                 with contextlib.suppress(ToolError):  # the build has failed for another reason
@@ -404,15 +404,6 @@ def _put_back(aside: Path, final: Path) -> None:
     aside.replace(final)
     # Two names of one file are not renamed to each other.
     aside.unlink(missing_ok=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or directory, or what can be removed of it."""
-    if path.is_dir() and not path.is_symlink():
-        remove_tree(path)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _dated_name(name: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from virt_dib import namespaces, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError
-from virt_dib.files import remove_tree, temp_dir, temp_dir_variable
+from virt_dib.files import remove_any, temp_dir, temp_dir_variable
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
@@ -131,7 +131,7 @@ def _remove_elsewhere(workspace: Path) -> None:
             if names and not os.path.lexists(names[0]):
                 path.rename(names[0])
             else:
-                _remove_any(path)
+                remove_any(path)
 
 
 def _remove(directory: Path) -> None:
@@ -142,7 +142,7 @@ def _remove(directory: Path) -> None:
     with shielded(), contextlib.suppress(OSError):
         directory.chmod(stat.S_IRWXU)
         for name in _content(directory):
-            _remove_any(directory / name)
+            remove_any(directory / name)
         if left := _content(directory):
             _remove_others(directory, left)
         if not _content(directory):
@@ -152,14 +152,6 @@ def _remove(directory: Path) -> None:
 def _content(directory: Path) -> list[str]:
     """What is in a directory beside its lock; the notes of what is elsewhere come last."""
     return sorted(set(os.listdir(directory)) - {_LOCK}, key=lambda name: (name == _ELSEWHERE, name))
-
-
-def _remove_any(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        remove_tree(path)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _remove_others(directory: Path, names: Sequence[str]) -> None:
@@ -181,7 +173,7 @@ def _remove_bare(directory: Path) -> None:
     if not directory.name.startswith(_BARE_PREFIX):
         # By that name it is found without a lock, too.
         bare = directory.rename(directory.with_name(f".{directory.name}"))
-    _remove_any(bare / _LOCK)
+    remove_any(bare / _LOCK)
     bare.rmdir()
 
 
