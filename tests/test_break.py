@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from helpers import ISOLATIONS, make_element, many_descriptors, processes_of, skip_without, virt_dib
+from helpers import make_element, many_descriptors, processes_of, skip_without, virt_dib
 from on_terminal import CTRL_C, CTRL_D, CTRL_Z, Person, Program, on_terminal, terminal
 from virt_dib import command_line, dib, dib_command, events, layout, shells, tools
 from virt_dib.break_points import NO_BREAKS, POINTS, Breaks
@@ -651,9 +651,11 @@ def look_why_it_failed(person: Person) -> None:
     person.read_until("virt-dib: error: finalise.d/60-bad of element 'bad' failed with exit status 42")
 
 
-@pytest.mark.appliance
 @pytest.mark.option("--break", "--on-error")
-@pytest.mark.parametrize("isolation", ISOLATIONS)
+@pytest.mark.parametrize(
+    "isolation",
+    [pytest.param("vm", marks=pytest.mark.appliance), pytest.param("sandbox", marks=pytest.mark.full)],
+)
 def test_a_build_stops_where_it_was_asked_to_and_goes_on(
     isolation: str, tmp_path: Path, temporary: Path, elements: Sequence[str]
 ) -> None:
