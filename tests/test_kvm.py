@@ -151,6 +151,14 @@ def test_a_device_without_permission(host: Host) -> None:
     assert host.choose() == emulated(f"{host.device} cannot be opened: permission denied")
 
 
+def test_a_kernel_that_the_user_names_is_not_there(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.install_qemu(SPEAKS)
+    monkeypatch.setenv("SUPERMIN_KERNEL", str(tmp_path / "none"))
+    verdict = kvm.choose(kernel=None, cache_dir=host.cache_dir, qemu=host.qemu, device=host.device, limit_s=LIMIT_S)
+    reason = f"no trial of KVM is possible, no kernel '{tmp_path}/none', which SUPERMIN_KERNEL names"
+    assert verdict == emulated(reason)
+
+
 def test_no_kernel_to_try(host: Host) -> None:
     host.install_qemu(SPEAKS)
     host.kernel.unlink()

@@ -242,7 +242,10 @@ class Appliance:
             # The image is good all the same.
             if self._settings.on_message is not None:
                 self._settings.on_message(f"{error}; check it before it is used again")
-        self._call("writing the disks", self._handle.shutdown, timeout_s=_STOP_TIMEOUT_S)
+        doing = "writing the disks"
+        # What scripts have left running would keep them busy.
+        self._call(doing, self._handle.debug, "sh", ["/bin/bash /sysroot/guest/let-go.sh"])
+        self._call(doing, self._handle.shutdown, timeout_s=_STOP_TIMEOUT_S)
         self._running = False
 
     def close(self) -> None:
