@@ -194,12 +194,17 @@ def main() -> int:
     heed_signals()
     draw = random.Random(arguments.seed)  # noqa: S311 - to be the same again
     image_of: int | None = None
+    coming: dict[str, list[Fault]] = {isolation: [] for isolation in ISOLATIONS}
     outcomes: Counter[tuple[str, bool]] = Counter()
     with tempfile.TemporaryDirectory(prefix="virt-dib-soak-", dir="/var/tmp") as directory:
         place = Place.make(Path(directory))
         for number in range(1, arguments.count + 1):
             isolation = ISOLATIONS[number % 2]
-            fault = draw.choice(faults(isolation, draw))
+            if not coming[isolation]:
+                # Each of them comes before one comes again.
+                coming[isolation] = faults(isolation, draw)
+                draw.shuffle(coming[isolation])
+            fault = coming[isolation].pop()
             begun_s = time.monotonic()
             status, shown = build(place, number, isolation, fault)
             seconds = time.monotonic() - begun_s
