@@ -299,7 +299,8 @@ def copy_from(host: Host, appliance: Appliance) -> Copy:
     content = Content(directory=host.directory / "content", ids=find_ids(), is_copy=True)
     for name in _NAMES:
         (content.directory / "build" / name).mkdir(parents=True)
-    unpacked = _on_archive(host, content, archive, "unpack", host.facts.build_dir, f"/tmp/{_BEFORE}")  # noqa: S108
+    before = f"/tmp/{_BEFORE}"  # noqa: S108 - the phase's own
+    unpacked = _on_archive(host, content, archive, "unpack", host.facts.build_dir, before)
     unpacked.check("unpacking the tree on the host")
     # Where no script can write.
     (host.directory / "tmp" / _BEFORE).rename(host.runner / _BEFORE)

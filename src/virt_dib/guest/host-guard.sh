@@ -16,7 +16,7 @@ begun() {
     read -r line <"/proc/$1/stat"
     # The first two fields are its number and its name, which may have blanks and brackets in it (proc(5)).
     set -f
-    # shellcheck disable=SC2086
+    # shellcheck disable=SC2086 # it is to become many words
     set -- ${line##*) }
     echo "${20-}"
 }
