@@ -25,6 +25,7 @@ import pytest
 
 import ext4
 from helpers import TESTS, make_element, skip_without, virt_dib
+from test_failures import hidden
 from virt_dib import archives, formats, tools
 from virt_dib.errors import ToolError, UsageError, VirtDibError
 from virt_dib.outputs import open_outputs
@@ -197,10 +198,78 @@ def test_the_compression_of_a_qcow2(disk: Path, compression: str) -> None:
     assert json.loads(said)["format-specific"]["data"]["compression-type"] == compression
 
 
+CLUSTER_BYTES = 65536
+MEBIBYTE = os.urandom(1 << 20)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        # Where each is on the disk, and what is there; the last one ends the disk.
+        [(0, b"x" * 512)],
+        [(0, os.urandom(CLUSTER_BYTES))],
+        [(0, os.urandom(CLUSTER_BYTES - 512))],
+        [(0, bytes(3 * CLUSTER_BYTES)), (3 * CLUSTER_BYTES, b"y" * 1000)],
+        # More than one L2 table and, beside each other, what can be compressed and what cannot.
+        [((512 << 20) * number, os.urandom(100_000) + b"z" * 200_000) for number in range(5)],
+        # Data that begins in the middle of a cluster, after a hole.
+        [((1 << 30) + 4096 * 3, b"a" * 4096), ((1 << 40) - 512, b"b" * 512)],
+        # More than one block of reference counts.
+        pytest.param([((1 << 20) * number, MEBIBYTE) for number in range(2100)], marks=pytest.mark.full),
+    ],
+    ids=["sector", "cluster", "less", "zeros", "tables", "holes", "references"],
+)
+def test_a_compressed_qcow2_of_any_disk(tmp_path: Path, parts: Sequence[tuple[int, bytes]]) -> None:
+    disk = tmp_path / "disk"
+    with disk.open("wb") as stream:
+        for position, data in parts:
+            stream.seek(position)
+            stream.write(data)
+    image = write(disk, ["qcow2"])["qcow2"]
+    tools.run([qemu_img(), "check", image], doing="checking")
+    tools.run([qemu_img(), "compare", "-f", "raw", "-F", "qcow2", disk, image], doing="comparing")
+    size_bytes = formats.virtual_size_bytes(image, formats.select(["qcow2"])[0])  # type: ignore[arg-type] # a disk
+    assert size_bytes == -(-disk.stat().st_size // 512) * 512
+    stored_bytes = sum(len(data) for _, data in parts)
+    assert image.stat().st_size < stored_bytes + 8 * CLUSTER_BYTES + 2 * CLUSTER_BYTES * len(parts)
+
+
+def test_a_qcow2_where_there_is_no_zlib_ng(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_it = write(disk, ["qcow2"], arch="amd64")["qcow2"]
+    monkeypatch.setattr(sys, "executable", "")
+    without = write(disk, ["qcow2"], arch="arm64")["qcow2"]
+    tools.run([qemu_img(), "compare", with_it, without], doing="comparing")
+    assert abs(with_it.stat().st_size - without.stat().st_size) < without.stat().st_size // 10
+    assert with_it.read_bytes() != without.read_bytes()
+
+
+def test_a_qcow2_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(os.urandom(4 << 20))
+    (tmp_path / "small").mkdir()
+    code = (
+        "from pathlib import Path\n"
+        "from virt_dib import formats\n"
+        "from virt_dib.spec import BuildSpec\n"
+        f"top = Path({str(tmp_path)!r})\n"
+        "targets = {'x.qcow2': (top / 'small/image', formats.select(['qcow2'])[0])}\n"
+        "spec = BuildSpec(name='x', output_dir=top, elements=('one',))\n"
+        "try:\n"
+        "    formats.write(spec, formats.Sources(disk=top / 'disk', archive=None), targets, top)\n"
+        "except Exception as error: print(error, error.problems[0].hint)\n"
+    )
+    run = tools.run(
+        [*hidden(f"mount -t tmpfs -o size=1m none {tmp_path}/small"), sys.executable, "-c", code],
+        doing="writing",
+        environment=dict(os.environ),
+    )
+    assert "writing 'x.qcow2': 'qcow2.py' failed with exit status 1: No space left on device" in run.stdout
+    assert "make room" in run.stdout
+
+
 def test_messages_have_the_final_name(tmp_path: Path) -> None:
     sources = formats.Sources(disk=tmp_path / "nothing", archive=None)
     targets = {"x.qcow2": (tmp_path / "partial", formats.select(["qcow2"])[0])}
-    with pytest.raises(VirtDibError, match=r"writing 'x\.qcow2': 'qemu-img' failed"):
+    with pytest.raises(VirtDibError, match=r"writing 'x\.qcow2': 'qcow2\.py' failed"):
         formats.write(asking(), sources, targets, tmp_path)
 
 

@@ -184,6 +184,8 @@ def test_the_qemu_of_the_appliance_gets_places_alone(
     seen = variables(tools.run([wrapper, "a b", "$(id)"], doing="running it").stdout)
     assert seen.pop("ARGUMENTS") == "a b $(id)"
     assert set(seen) <= PLACES
+    # What qemu does not remove when it is killed goes with the directory.
+    assert seen["TMPDIR"] == str(tmp_path / "private")
     assert not (tmp_path / "pwned").exists()
 
 

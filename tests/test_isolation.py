@@ -250,6 +250,32 @@ def test_what_a_build_leaves_that_is_killed_while_it_writes_goes_at_the_next_sta
     assert [path for path in left if path.exists()] == []
 
 
+@pytest.mark.parametrize("wait_s", [0.0, 1.0], ids=["at-once", "later"])
+def test_a_build_that_is_killed_while_its_appliance_starts_leaves_nothing(
+    element_dir: Path, output_dir: Path, tmp_path: Path, wait_s: float
+) -> None:
+    command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\nsleep 600\n")
+
+    def sockets() -> set[Path]:
+        # For root they are not in the directory of the build.
+        return {*Path("/tmp").glob("libguestfs*"), *temporary.glob("*/libguestfs*")}
+
+    before = sockets()
+    with tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
+        for _ in range(3000):
+            if sockets() - before:
+                break
+            signal.sigtimedwait([], 0.01)
+        assert sockets() - before
+        signal.sigtimedwait([], wait_s)
+        process.kill()
+        process.wait()
+    wait_until_gone(temporary)
+    with nothing_left(output_dir, temporary):
+        assert len(workspace.remove_leftovers(temporary)) == 1
+    assert sockets() == before
+
+
 def wait_for_file(directory: Path, pattern: str) -> None:
     """Wait until there is a file whose name fits *pattern*."""
     for _ in range(1200):

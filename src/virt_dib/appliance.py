@@ -36,9 +36,8 @@ from virt_dib.machine import (
     Settings,
     binding_problem,
     children,
-    has_own_runtime_dir,
     new_handle,
-    socket_directories,
+    sockets_noted,
 )
 from virt_dib.terminal_link import LINK, Terminal, relay
 
@@ -200,10 +199,8 @@ class Appliance:
         on_debug = settings.on_debug if settings.verbose else None
         # It is the first to be killed, and what it leaves then goes with the disks.
         self._handle.set_path(str(supermin.build(directory, settings.disks[0].path.parent, on_debug)))
-        self._handle.launch()
-        if settings.on_elsewhere is not None and not has_own_runtime_dir(settings):
-            for directory in socket_directories():
-                settings.on_elsewhere(directory)
+        with sockets_noted(self._handle, settings):
+            self._handle.launch()
         self._mount(self._settings.early_disk or self._settings.disks[0])
         serve = f"/sysroot/guest/block-device.py --serve {BLOCK_DEVICE_DIR} /sysroot/site"
         self._handle.debug("sh", [f"cd / && exec /usr/bin/python3 -S {serve} </dev/null"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import json
 import os
 import re
 import secrets
 import shutil
+import site
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ _OTHER_FILES = ("data_file", "backing_file", "backing_fmt")
 _VHD_CHUNK_BYTES = 1 << 20
 _NAMES_NO_FILES = ("raw", "luks")
 """What a disk may begin like: these lead nobody to other files."""
+_QCOW2_WRITER = Path(__file__).with_name("qcow2.py")
 _ROOM_HINT = "make room in the output directory, or build into another one: --name DIRECTORY/NAME"
 
 
@@ -358,11 +362,20 @@ def load(spec: BuildSpec, sources: Sources) -> Imported:
 
 
 def _convert(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path) -> Command:
-    command = [*_qemu_img_convert(), "-O", output.qemu_name]
+    command, options = [*_qemu_img_convert(), "-O", output.qemu_name], _options_for(output, spec)
+    if _compresses(output, spec) and not options and _has_zlib_ng():
+        return Command(words=[sys.executable, "-I", _QCOW2_WRITER, disk.absolute(), target.absolute()])
     if _compresses(output, spec):
         # Compressed clusters in any order: the coroutines do not wait for each other.
         command += ["-c", "-W"]
-    return Command(words=[*command, *_options_for(output, spec), disk.absolute(), target.absolute()])
+    return Command(words=[*command, *options, disk.absolute(), target.absolute()])
+
+
+def _has_zlib_ng() -> bool:
+    """Whether :mod:`virt_dib.qcow2` can be used, which sees nothing of the user's own site directory."""
+    found = importlib.util.find_spec("zlib_ng")
+    user_site = site.getusersitepackages()
+    return bool(sys.executable) and found is not None and not (found.origin or "").startswith(f"{user_site}/")
 
 
 def _vhd(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path, scratch: Path) -> tuple[Command, Command]:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +158,7 @@ def _report(handle: guestfs.GuestFS, settings: Settings) -> None:
     handle.set_verbose(verbose)
     handle.set_event_callback(
         lambda event, _handle, text, _array: report(prefixes.get(event, "") + _without_job(text.rstrip("\n"))),
-        guestfs.EVENT_TRACE | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
+        (guestfs.EVENT_TRACE if trace else 0) | guestfs.EVENT_LIBRARY | guestfs.EVENT_APPLIANCE | guestfs.EVENT_WARNING,
     )
 
 
@@ -168,7 +168,50 @@ def has_own_runtime_dir(settings: Settings) -> bool:
     return os.geteuid() != 0 and len(os.fsencode(longest)) <= LONGEST_SOCKET_PATH_BYTES
 
 
-def socket_directories() -> set[Path]:
+@contextlib.contextmanager
+def sockets_noted(handle: guestfs.GuestFS, settings: Settings) -> Iterator[None]:
+    """Have ``Settings.on_elsewhere`` told where the sockets are, while the block launches the virtual machine.
+
+    libguestfs does not tell. Its calls show when it makes the directory: what is new at the next one is that, unless
+    another program has made one in that tenth of a millisecond, too. Then it is found by its sockets, after the launch.
+    """
+    import guestfs  # noqa: PLC0415, TID251 - see binding_problem
+
+    note = settings.on_elsewhere
+    if note is None or has_own_runtime_dir(settings):
+        yield
+        return
+    noted: set[Path] = set()
+    before: set[Path] | None = None
+
+    def look(text: str) -> None:
+        nonlocal before
+        if text.startswith("get_sockdir ="):
+            before = _possible_socket_directories()
+        elif before is not None:
+            new, before = _possible_socket_directories() - before, None
+            if len(new) == 1:
+                with contextlib.suppress(OSError):  # it is tried again
+                    note(*new)
+                    noted.update(new)
+
+    traced = handle.get_trace()
+    handle.set_trace(True)
+    callback = handle.set_event_callback(lambda _event, _handle, text, _array: look(text), guestfs.EVENT_TRACE)
+    try:
+        yield
+    finally:
+        handle.set_trace(traced)
+        handle.delete_event_callback(callback)
+    for directory in _socket_directories() - noted:
+        note(directory)
+
+
+def _possible_socket_directories() -> set[Path]:
+    return set(Path("/tmp").glob("libguestfs*"))  # noqa: S108 - where libguestfs has them
+
+
+def _socket_directories() -> set[Path]:
     """Where libguestfs has the sockets that this process has open."""
     ours = set()
     for entry in os.scandir("/proc/self/fd"):

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess  # noqa: TID251 - the one importer
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +55,12 @@ class Command:
     stdin: Path | None = None
     stdout: Path | None = None
     """A file to make; otherwise the output is in the result."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the program or, where this Python runs one of ours, that."""
+        first = self.words[2] if self.words[0] == sys.executable else self.words[0]
+        return Path(first).name
 
 
 def require_working_directory() -> None:
@@ -266,18 +273,20 @@ def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
         running = {doing: stack.enter_context(_with_files(command)) for doing, command in commands.items()}
         for doing, process in running.items():
             out, err = _communicate(process, most_output_bytes=_KEPT_BYTES)
-            program = Path(os.fspath(commands[doing].words[0])).name
             results[doing] = _result(process.returncode, out, err)
-            _check(results[doing], process.returncode, f"{doing}: '{program}'")
+            _check(results[doing], process.returncode, f"{doing}: '{commands[doing].name}'")
     return results
 
 
 def bare_program(wrapper: Path, program: Path, *before: str | Path) -> None:
     """Make *wrapper*, a program that is *program* with the environment of :func:`host_environment` alone.
 
-    For those who start it without asking how. *before* are words of a command that becomes it.
+    For those who start it without asking how; its temporary files are beside *wrapper*. *before* are words of a command
+    that becomes it.
     """
-    variables = [f"{name}={value}" for name, value in host_environment().items()]
+    # What qemu makes there, and does not remove when it is killed, goes with the directory.
+    environment = host_environment({"TMPDIR": str(wrapper.parent)})
+    variables = [f"{name}={value}" for name, value in environment.items()]
     words = [require("env", purpose="start programs", package="coreutils"), "-i", *variables, *before, program]
     wrapper.write_bytes(os.fsencode(f'#!/bin/sh\nexec {shlex.join(str(word) for word in words)} "$@"\n'))
     wrapper.chmod(0o700)
