@@ -382,6 +382,13 @@ def test_a_step_on_the_disk_that_fails(planned: Callable[..., Stages], tmp_path:
         assert (caught.value.problems[0].hint or "").startswith("is --size large enough for all partitions? ")
 
 
+def test_a_dib_block_device_that_is_killed_may_have_lacked_memory(planned: Callable[..., Stages]) -> None:
+    killed = {"block-device.sh": "echo killed; exit 137"}
+    with pytest.raises(ApplianceError, match=r"^making the image disk: killed$") as caught:
+        planned().disk(files=answered(), commands=killed)
+    assert (caught.value.problems[0].hint or "").startswith("have a look at the memory; ")
+
+
 # ---- disks of old releases ----
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ ARCHIVING = "archiving the tree"
 """What it shows if there is a disk for an archive."""
 
 _ANSWER_LIMIT = 16384
+_KILLED = 128 + signal.SIGKILL
 _NOT_FILLED_HINT = "build with --isolation vm, which copies the tree whatever the layout is"
 _NO_ROOM = re.compile(r"No space left on device|Could not allocate (?:block|inode)|No free space in the directory")
 """What cp and mke2fs say when a tree is too large."""
@@ -249,6 +251,8 @@ class DiskStage:
         )
         if result.exit_status != 0:
             advice = "is --size large enough for all partitions? " if "create" in commands else ""
+            if result.exit_status == _KILLED:
+                advice = f"{self._appliance.killed_hint}; "
             raise ApplianceError(f"{doing}: {output.last}", hint=advice + self._phases.where())
         wanted = [command for command in commands if command.startswith("getval:") or command == "mounts"]
         return _answers(self._appliance.read(answers), wanted)

@@ -15,7 +15,7 @@ if [[ -p $directory/request ]] && pgrep -f "block-device.py --serve $directory" 
     cat "$directory/reply"
     if [[ ! -s $directory/status ]]; then
         echo "the process behind dib-block-device was killed, perhaps for want of memory" >&2
-        exit 1
+        exit 137
     fi
     exit "$(<"$directory/status")"
 fi
