@@ -104,6 +104,19 @@ def test_a_dead_appliance_is_an_error_not_a_hang(
 
 
 @pytest.mark.appliance
+def test_disks_that_cannot_be_written_are_not_said_to_be_an_appliance_that_has_ended(
+    make_appliance: MakeAppliance,
+) -> None:
+    with make_appliance() as appliance:
+        # Nothing ends what keeps them busy.
+        stays = "cd /dib && setsid sleep 3600 </dev/null >/dev/null 2>&1 &"
+        status, said = bash(appliance, f"echo : >/sysroot/guest/let-go.sh; {stays}")
+        assert status == 0, said
+        with pytest.raises(ApplianceError, match=r"^writing the disks: (?!the appliance has ended).*busy"):
+            appliance.stop()
+
+
+@pytest.mark.appliance
 def test_processes_that_scripts_leave_do_not_keep_the_disks_from_being_written(make_appliance: MakeAppliance) -> None:
     left = [
         "setsid sleep 3600 &",

@@ -133,6 +133,7 @@ class Appliance:
         self._jobs = 0
         self._pid: int | None = None
         self._running = True
+        self._ending = False
         self._drive_is_open = False
 
     # ---- life ----
@@ -242,6 +243,7 @@ class Appliance:
         doing = "writing the disks"
         # What scripts have left running would keep them busy.
         self._call(doing, self._handle.debug, "sh", ["/bin/bash /sysroot/guest/let-go.sh"])
+        self._ending = True
         self._call(doing, self._handle.shutdown, timeout_s=_STOP_TIMEOUT_S)
         self._running = False
 
@@ -513,7 +515,8 @@ class Appliance:
 
     def _is_dead(self) -> bool:
         """Whether the virtual machine has ended on its own, after it had started."""
-        return self._running and self._pid is not None and not Path(f"/proc/{self._pid}").exists()
+        expected = not self._running or self._ending
+        return not expected and self._pid is not None and not Path(f"/proc/{self._pid}").exists()
 
     def _kill(self) -> None:
         """End the virtual machine now. Before its id is known, everything libguestfs has started."""
