@@ -91,27 +91,30 @@ class Zsh:
                 command, environment=environment, cwd=self._directory, stdin=theirs, stdout=theirs, stderr=theirs
             ):
                 os.write(ours, _ZSH_SETUP.format(directory=self._directory).encode())
-                _read_until(ours, r"ready\r")
+                _, rest = _read_until(ours, r"ready\r")
                 answers = []
                 for line in lines:
                     os.write(ours, line.encode())
                     # It shows no list while there are keys to read.
-                    shown = _read_until(ours, r"\n.*\S") if line.endswith(_LIST) else ""
+                    shown, rest = _read_until(ours, r"\n.*\S", rest) if line.endswith(_LIST) else ("", rest)
                     os.write(ours, b"\x19")
-                    answers.append(shown + _read_until(ours, r"=virt-[^=\r\n]*(=[^=\r\n]*)?=\r"))
+                    # The list may come once more after that; then it belongs to the next answer, or to none.
+                    answer, rest = _read_until(ours, r"=virt-[^=\r\n]*(=[^=\r\n]*)?=\r", rest)
+                    answers.append(shown + answer)
                 return answers
         finally:
             os.close(ours)
             os.close(theirs)
 
 
-def _read_until(terminal: int, pattern: str) -> str:
-    text, until_s = "", time.monotonic() + _ZSH_LIMIT_S
-    while not re.search(pattern, text):
+def _read_until(terminal: int, pattern: str, text: str = "") -> tuple[str, str]:
+    """What comes after *text*, to the end of what *pattern* is found in, and what has come after that."""
+    until_s = time.monotonic() + _ZSH_LIMIT_S
+    while not (found := re.search(pattern, text)):
         if not select.select([terminal], [], [], max(0.0, until_s - time.monotonic()))[0]:
             pytest.fail(f"zsh said only {text!r}")
         text += os.read(terminal, 65536).decode(errors="replace")
-    return text
+    return text[: found.end()], text[found.end() :]
 
 
 def offered(shell: str, directory: Path, *words: str) -> Sequence[str]:
@@ -188,7 +191,7 @@ def test_a_word_of_a_list_is_offered_once(shell: str, directory: Path) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_all_options_are_offered_and_no_others(shell: str, directory: Path, name: str) -> None:
     if shell == "zsh":
-        short, long = Zsh(directory).press(f"{name} -\x0c", f"{name} --\x0c")
+        short, long = (Zsh(directory).press(f"{name} {dashes}{_LIST}")[0] for dashes in ("-", "--"))
         lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", short + long).splitlines()
         listed = {name for line in lines for name in re.findall(r"(?<!\S)--?[A-Za-z][a-z-]*", line.split(" -- ")[0])}
     elif shell == "bash":
