@@ -26,7 +26,7 @@ import pytest
 import ext4
 from helpers import TESTS, make_element, skip_without, virt_dib
 from test_failures import hidden
-from virt_dib import archives, formats, tools
+from virt_dib import archives, formats, qcow2, tools
 from virt_dib.errors import ToolError, UsageError, VirtDibError
 from virt_dib.outputs import open_outputs
 from virt_dib.spec import BuildSpec, check_docker_target, host_arch
@@ -232,6 +232,18 @@ def test_a_compressed_qcow2_of_any_disk(tmp_path: Path, parts: Sequence[tuple[in
     assert size_bytes == -(-disk.stat().st_size // 512) * 512
     stored_bytes = sum(len(data) for _, data in parts)
     assert image.stat().st_size < stored_bytes + 8 * CLUSTER_BYTES + 2 * CLUSTER_BYTES * len(parts)
+
+
+def test_the_program_that_writes_a_qcow2_ends_with_a_status_and_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk, image = tmp_path / "disk", tmp_path / "image"
+    disk.write_bytes(b"data")
+    os.truncate(disk, 10 << 20)
+    assert qcow2.main([str(disk), str(image)]) == 0
+    tools.run([qemu_img(), "compare", "-f", "raw", "-F", "qcow2", disk, image], doing="comparing")
+    assert qcow2.main([str(tmp_path / "nothing"), str(image)]) == 1
+    assert capsys.readouterr().err == "No such file or directory\n"
 
 
 def test_a_qcow2_where_there_is_no_zlib_ng(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
