@@ -14,7 +14,7 @@ from virt_dib import appliance as appliance_module
 from virt_dib import staging, supermin, tools
 from virt_dib.appliance import Appliance, open_appliance
 from virt_dib.errors import ApplianceError
-from virt_dib.machine import Disk, Settings
+from virt_dib.machine import Disk, Settings, has_own_runtime_dir
 from virt_dib.spec import DEFAULT_MEMORY_MIB
 from virt_dib.supermin import cache_dir
 from virt_dib.terminal_link import LINK, Terminal
@@ -101,6 +101,31 @@ def test_a_dead_appliance_is_an_error_not_a_hang(
     assert our_qemus() == before
     # Only the front end prints errors.
     assert "libguestfs" not in capfd.readouterr().err
+
+
+@pytest.mark.appliance
+def test_what_libguestfs_cannot_remove_at_its_end_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the program that it starts for it is ended together with the others."""
+    program = tmp_path / "bin/rm"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    disk = Disk(path=tmp_path / "disk", label="build")
+    disk.path.write_bytes(bytes(1 << 20))
+    noted: list[Path] = []
+    settings = Settings(
+        disks=[disk], cache_dir=cache_dir(), memory_mib=DEFAULT_MEMORY_MIB, cpus=1, network=False, accelerate=False,
+        on_elsewhere=noted.append,
+    )  # fmt: skip
+    before = set(Path("/tmp").glob("libguestfs*"))
+    with open_appliance(settings):
+        for _ in range(600):
+            if noted or list(tmp_path.glob("libguestfs*/*.sock")):
+                break
+            time.sleep(0.1)
+    assert bool(noted) != has_own_runtime_dir(settings)
+    assert set(Path("/tmp").glob("libguestfs*")) == before
 
 
 @pytest.mark.appliance

@@ -28,6 +28,7 @@ from typing import TypeVar
 from virt_dib import environment as contract
 from virt_dib import supermin
 from virt_dib.errors import ApplianceError, PrerequisiteError, no_space_on_host
+from virt_dib.files import remove_any
 from virt_dib.interrupts import CHECK_INTERVAL_S, check_cancelled, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
 from virt_dib.machine import (
@@ -134,6 +135,7 @@ class Appliance:
         self._pid: int | None = None
         self._running = True
         self._ending = False
+        self._sockets: set[Path] = set()
         self._drive_is_open = False
 
     # ---- life ----
@@ -200,7 +202,7 @@ class Appliance:
         on_debug = settings.on_debug if settings.verbose else None
         # It is the first to be killed, and what it leaves then goes with the disks.
         self._handle.set_path(str(supermin.build(directory, settings.disks[0].path.parent, on_debug)))
-        with sockets_noted(self._handle, settings):
+        with sockets_noted(self._handle, settings, self._sockets):
             self._handle.launch()
         self._mount(self._settings.early_disk or self._settings.disks[0])
         serve = f"/sysroot/guest/block-device.py --serve {BLOCK_DEVICE_DIR} /sysroot/site"
@@ -486,6 +488,10 @@ class Appliance:
         while not concurrent.futures.wait([closed], _KILL_INTERVAL_S).done:
             # libguestfs was starting more processes when the first ones were killed.
             self._kill()
+        for directory in self._sockets:
+            # One of them may have been about to remove it.
+            remove_any(directory)
+        self._sockets.clear()
 
     def _result(
         self,

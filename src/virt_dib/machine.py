@@ -169,8 +169,10 @@ def has_own_runtime_dir(settings: Settings) -> bool:
 
 
 @contextlib.contextmanager
-def sockets_noted(handle: guestfs.GuestFS, settings: Settings) -> Iterator[None]:
+def sockets_noted(handle: guestfs.GuestFS, settings: Settings, noted: set[Path]) -> Iterator[None]:
     """Have ``Settings.on_elsewhere`` told where the sockets are, while the block launches the virtual machine.
+
+    *noted* gets it, too.
 
     libguestfs does not tell. Its calls show when it makes the directory: what is new at the next one is that, unless
     another program has made one in that tenth of a millisecond, too. Then it is found by its sockets, after the launch.
@@ -181,7 +183,6 @@ def sockets_noted(handle: guestfs.GuestFS, settings: Settings) -> Iterator[None]
     if note is None or has_own_runtime_dir(settings):
         yield
         return
-    noted: set[Path] = set()
     before: set[Path] | None = None
 
     def look(text: str) -> None:
@@ -191,9 +192,9 @@ def sockets_noted(handle: guestfs.GuestFS, settings: Settings) -> Iterator[None]
         elif before is not None:
             new, before = _possible_socket_directories() - before, None
             if len(new) == 1:
-                with contextlib.suppress(OSError):  # it is tried again
+                noted.update(new)
+                with contextlib.suppress(OSError):  # a full disk will be told by others
                     note(*new)
-                    noted.update(new)
 
     traced = handle.get_trace()
     handle.set_trace(True)
@@ -204,6 +205,7 @@ def sockets_noted(handle: guestfs.GuestFS, settings: Settings) -> Iterator[None]
         handle.set_trace(traced)
         handle.delete_event_callback(callback)
     for directory in _socket_directories() - noted:
+        noted.add(directory)
         note(directory)
 
 
