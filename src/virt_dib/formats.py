@@ -364,7 +364,8 @@ def load(spec: BuildSpec, sources: Sources) -> Imported:
 def _convert(output: DiskFormat, spec: BuildSpec, disk: Path, target: Path) -> Command:
     command, options = [*_qemu_img_convert(), "-O", output.qemu_name], _options_for(output, spec)
     if _compresses(output, spec) and not options and _has_zlib_ng():
-        return Command(words=[sys.executable, "-I", _QCOW2_WRITER, disk.absolute(), target.absolute()])
+        words: list[str | Path] = [sys.executable, "-I", _QCOW2_WRITER, disk.absolute(), target.absolute()]
+        return Command(words=words, called=_QCOW2_WRITER.name)
     if _compresses(output, spec):
         # Compressed clusters in any order: the coroutines do not wait for each other.
         command += ["-c", "-W"]

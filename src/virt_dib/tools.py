@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess  # noqa: TID251 - the one importer
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,12 +54,8 @@ class Command:
     stdin: Path | None = None
     stdout: Path | None = None
     """A file to make; otherwise the output is in the result."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it: the program or, where this Python runs one of ours, that."""
-        first = self.words[2] if self.words[0] == sys.executable else self.words[0]
-        return Path(first).name
+    called: str = ""
+    """What messages call the program; without it, by the name of its file."""
 
 
 def require_working_directory() -> None:
@@ -273,8 +268,9 @@ def run_together(commands: Mapping[str, Command]) -> dict[str, Result]:
         running = {doing: stack.enter_context(_with_files(command)) for doing, command in commands.items()}
         for doing, process in running.items():
             out, err = _communicate(process, most_output_bytes=_KEPT_BYTES)
+            program = commands[doing].called or Path(commands[doing].words[0]).name
             results[doing] = _result(process.returncode, out, err)
-            _check(results[doing], process.returncode, f"{doing}: '{commands[doing].name}'")
+            _check(results[doing], process.returncode, f"{doing}: '{program}'")
     return results
 
 
