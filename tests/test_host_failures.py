@@ -1009,7 +1009,7 @@ targets = {"x.squashfs": (top / "small/x.squashfs", formats.select(["squashfs"])
 spec = BuildSpec(name="x", output_dir=top, elements=())
 tell(lambda: formats.write(spec, formats.Sources(disk=top / "tar", archive=top / "tar"), targets, top))
 command = archives.squashfs(top / "tar", top / "small/y")
-os.system(f"mount -o remount,ro {top}/small")
+os.system(f"mount -o remount,bind,ro {top}/small")
 tell(lambda: tools.run_together({"writing y": command}))
 """
 

@@ -65,11 +65,13 @@ class Journey:
         return self.top / "host"
 
     def step(self, *words: str | Path, archive: Path | None = None, in_appliance: bool = False) -> str:
-        """Run a step of the program."""
+        """Run a step of the program, as root of a user namespace where this user is not root, as builds do."""
         command: list[str | Path] = ["/bin/bash", layout.guest_script("host-tree.sh"), *words]
+        spaces = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         if in_appliance:
-            unshare = tools.require("unshare", purpose="run the tests", package="util-linux")
-            command = [unshare, *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount", *command]
+            spaces.append("--mount")
+        if spaces:
+            command = [tools.require("unshare", purpose="run the tests", package="util-linux"), *spaces, *command]
         return tools.run_together({"it": tools.Command(words=command, stdin=archive)})["it"].stdout
 
     def script(self, place: Path, text: str) -> None:
