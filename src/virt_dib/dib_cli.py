@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from virt_dib import api, batch, dib, dib_command, dib_words, elements, events, tools
+from virt_dib import api, batch, dib, dib_command, dib_words, elements, events, image_cache, tools
 from virt_dib.cli import report_errors
 from virt_dib.dib import DibInstallation
 from virt_dib.dib_command import DISK_PROG, RAMDISK_PROG, TEMP_DIR, DibCommand
 from virt_dib.dib_output import DibOutput
 from virt_dib.dib_words import Words
-from virt_dib.errors import Interrupted, Problem, ScriptError, VirtDibError
+from virt_dib.errors import Interrupted, Problem, ScriptError, UsageError, VirtDibError
 from virt_dib.interrupts import interrupts
 from virt_dib.plain_text import answer
 from virt_dib.releases import Rules
@@ -130,10 +130,12 @@ def _make_cache(spec: BuildSpec) -> list[Problem]:
         return []
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError):
-        # The plan of the build tells.
-        return []
     except OSError as error:
+        try:
+            image_cache.check(cache, home=None)
+        except UsageError:
+            # The plan of the build tells.
+            return []
         return [
             Problem(f"making the image cache '{cache}': {error.strerror}", "give another directory with --image-cache")
         ]
