@@ -237,9 +237,14 @@ def relayed(said: bytes) -> tuple[int | None, str]:
             assert person.attributes == before
 
 
-def test_what_the_shell_prints_comes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of a terminal without a name nobody knows what it understands.
+@pytest.fixture
+def named_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one without a name nobody knows what it understands."""
     monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.usefixtures("named_terminal")
+def test_what_the_shell_prints_comes_as_it_is() -> None:
     status, seen = relayed(frame(b"d", b"\x1b[31mred\xff\r\n") + frame(b"d") + frame(b"x", b"\x07"))
     assert status == 7
     assert seen.startswith("\x1b[31mred\N{REPLACEMENT CHARACTER}\r\n")
@@ -292,9 +297,8 @@ def test_it_is_asked_whether_the_other_end_lives() -> None:
         assert relay(ours, Terminal(follower, follower), lambda: False) == 5
 
 
-def test_a_program_with_many_files_open_has_shells_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of a terminal without a name nobody knows what it understands.
-    monkeypatch.setenv("TERM", "xterm")
+@pytest.mark.usefixtures("named_terminal")
+def test_a_program_with_many_files_open_has_shells_too() -> None:
     with terminal() as (person, follower), many_descriptors(), contextlib.closing(Duplicate(follower)) as own:
         before = person.attributes
         ours, theirs = socket.socketpair()
