@@ -255,6 +255,27 @@ def test_programs_end_when_virt_dib_is_killed(tmp_path: Path, how: str, number: 
     assert not (tmp_path / "mess").exists()
 
 
+@pytest.mark.parametrize("how", ["started", "run", "tidies-up"])
+def test_a_program_ends_though_virt_dib_is_killed_in_the_moment_of_its_start(tmp_path: Path, how: str) -> None:
+    # Nothing more is done after the program has begun.
+    killed = """
+class Killed(tools.subprocess.Popen):
+    def __init__(self, words, **options):
+        super().__init__(words, **options)
+        if words[0] == 'sh':
+            while not Path('there').exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+tools.subprocess.Popen = Killed
+"""
+    text = f"import os, signal, time\nfrom pathlib import Path\nfrom virt_dib import tools\n{killed}\n{STARTERS[how]}\n"
+    with tools.started([sys.executable, "-c", text], environment=os.environ, cwd=tmp_path) as virt_dib:
+        assert virt_dib.wait(60) == -signal.SIGKILL
+    there = (tmp_path / "there").read_text().split()
+    wait_until(lambda: not any(map(lives, there)))
+    assert not (tmp_path / "mess").exists()
+
+
 def children(process: int) -> list[str]:
     return [word for path in Path(f"/proc/{process}/task").glob("*/children") for word in path.read_text().split()]
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess  # noqa: TID251 - the one importer
 import tempfile
 import time
@@ -133,7 +134,7 @@ def started(
     """
     arguments = [os.fspath(part) for part in command]
 
-    def start(path: str) -> Process:
+    def start(path: str, entrust: Callable[[], None]) -> Process:
         return subprocess.Popen(  # noqa: S603 - without a shell, and by an absolute path
             arguments,
             stdin=stdin,
@@ -144,6 +145,7 @@ def started(
             cwd=cwd,
             umask=umask,
             start_new_session=True,
+            preexec_fn=entrust,  # noqa: PLW1509 - see _guard
         )
 
     with _running(arguments[0], start, _signal_group, tidies_up=tidies_up) as process:
@@ -162,8 +164,13 @@ def attended(command: Sequence[str | Path], *, environment: Mapping[str, str]) -
     """
     arguments = [os.fspath(part) for part in command]
 
-    def start(path: str) -> Process:
-        return subprocess.Popen(arguments, executable=path, env=dict(environment))  # noqa: S603 - as in started
+    def start(path: str, entrust: Callable[[], None]) -> Process:
+        return subprocess.Popen(  # noqa: S603 - as in started
+            arguments,
+            executable=path,
+            env=dict(environment),
+            preexec_fn=entrust,  # noqa: PLW1509 - see _guard
+        )
 
     with _running(arguments[0], start, subprocess.Popen.send_signal, tidies_up=True) as process:
         yield process
@@ -171,54 +178,65 @@ def attended(command: Sequence[str | Path], *, environment: Mapping[str, str]) -
 
 @contextlib.contextmanager
 def _running(
-    program: str, start: Callable[[str], Process], send: Callable[[Process, int], None], *, tidies_up: bool
+    program: str,
+    start: Callable[[str, Callable[[], None]], Process],
+    send: Callable[[Process, int], None],
+    *,
+    tidies_up: bool,
 ) -> Iterator[Process]:
-    """What *start* makes of the path of *program*; whichever way the block is left, it ends."""
+    """What *start* makes of the path of *program*; whichever way the block is left, it ends.
+
+    Its second argument is for the new process to call before it becomes the program.
+    """
     with contextlib.ExitStack() as stack:
         with shielded():
-            entrust = stack.enter_context(_guard(tidies_up=tidies_up))
             try:
-                process = start(_executable(program))
+                entrust = stack.enter_context(_guard(tidies_up=tidies_up))
+                process = start(_executable(program), entrust)
             except OSError as error:
                 raise ToolError(f"cannot start '{program}': {error.strerror}") from error
             stack.callback(_stop, process, send)
-            entrust(process)
         yield process
 
 
 @contextlib.contextmanager
-def _guard(*, tidies_up: bool) -> Iterator[Callable[[Process], None]]:
-    """Somebody who ends a process that is entrusted to him if virt-dib is killed in the block.
+def _guard(*, tidies_up: bool) -> Iterator[Callable[[], None]]:
+    """Somebody who ends a process if virt-dib is killed in the block: the one that calls what this yields.
 
-    The kernel would do so too, by a parent-death signal, but when the thread ends that has started the process, not for
-    setuid programs, and only if the program asks for it.
+    That is the new process, while it is still a copy of this one. If this one told of it, there would be a moment in
+    which the program runs and nobody knows of it. All that it does is to send its number: locks that other threads hold
+    stay locked in the copy.
+
+    The kernel would end it too, by a parent-death signal, but when the thread ends that has started the process, not
+    for setuid programs, and only if the program asks for it.
     """
     words = ("TERM", "") if tidies_up else ("KILL", "-")
     guard = None
-    # Where there is no room for one more process, the program itself goes without a guard, or tells of it.
-    with contextlib.suppress(OSError):
-        guard = subprocess.Popen(  # noqa: S603 - as in started
-            ["/bin/sh", _GUARD, *words],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            start_new_session=True,
-        )
+    # A pipe that nobody reads would kill the new process.
+    ours, his = socket.socketpair()
+    with ours:
+        # Where there is no room for one more process, the program itself goes without a guard, or tells of it.
+        with his, contextlib.suppress(OSError):
+            guard = subprocess.Popen(  # noqa: S603 - as in started
+                ["/bin/sh", _GUARD, *words],
+                stdin=his.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
 
-    def entrust(process: Process) -> None:
-        if guard is not None and guard.stdin is not None:
+        def entrust() -> None:
             with contextlib.suppress(OSError):
-                guard.stdin.write(b"%d\n" % process.pid)
+                ours.send(b"%d\n" % os.getpid(), socket.MSG_NOSIGNAL)
 
-    try:
-        yield entrust
-    finally:
-        if guard is not None:
-            with shielded():
-                _kill(guard)
+        try:
+            yield entrust
+        finally:
+            if guard is not None:
+                with shielded():
+                    _kill(guard)
 
 
 def run(
