@@ -9,8 +9,10 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,8 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import Run, virt_dib
-from virt_dib import __version__, events, formats, tools
+from virt_dib import __version__, events, formats, machine_readable, tools
 from virt_dib.errors import ToolError, UsageError
+from virt_dib.interrupts import shielded
 from virt_dib.machine_readable import Target, event_json, open_lines, parse_target
 from virt_dib.report import Artifact
 
@@ -290,6 +293,44 @@ def test_a_pipe_that_does_not_block_gets_long_lines_whole() -> None:
         os.set_blocking(writer, False)
         lines(events.Message(text="x" * 30_000))
         assert checked(os.read(reader, 1 << 16).decode())[0]["message"] == "x" * 30_000
+
+
+def test_a_pipe_that_somebody_fills_once_it_was_found_to_have_room_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = b""
+    full = b"x" * select.PIPE_BUF
+
+    def read_all() -> None:
+        nonlocal read
+        while data := os.read(reader, 1 << 16):
+            read += data
+
+    other = threading.Thread(target=read_all)
+    count = 0
+
+    @contextlib.contextmanager
+    def somebody_is_first() -> Iterator[None]:
+        nonlocal count
+        with shielded():
+            with contextlib.suppress(BlockingIOError):
+                while not other.ident:
+                    count += os.write(writer, full)
+            try:
+                yield
+            finally:
+                if not other.ident:
+                    other.start()
+
+    monkeypatch.setattr(machine_readable, "shielded", somebody_is_first)
+    with pipe() as (reader, writer):
+        os.set_blocking(writer, False)
+        with open_lines(Target(descriptor=writer)) as lines:
+            lines.write("a line\n")
+        os.close(writer)
+        other.join()
+    assert count
+    assert read == b"x" * count + b"a line\n"
 
 
 WRITERS = """
