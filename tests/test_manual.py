@@ -9,11 +9,14 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import tomllib
 from docutils import nodes
 from docutils.core import publish_doctree
+from packaging.requirements import Requirement
 
 from generate import completion, manual, share
 from generate.completion import COMMANDS, SHELLS
@@ -251,6 +254,25 @@ def test_a_source_distribution_has_what_all_this_is_made_of(tmp_path: Path) -> N
         for top in (tmp_path / "made", tmp_path / "expected")
     )
     assert made == expected
+
+
+def test_pip_can_make_all_this_with_what_the_project_says_it_is_built_with(tmp_path: Path) -> None:
+    # What pip makes a wheel in: nothing but the standard library and the packages that are named.
+    named = tomllib.loads((manual.DOCS.parent / "pyproject.toml").read_text())["build-system"]["requires"]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for requirement in map(Requirement, named):
+        if requirement.marker is None or requirement.marker.evaluate():
+            package = distribution(requirement.name)
+            for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
+                (alone / top).symlink_to(str(package.locate_file(top)))
+    tools.run(
+        [sys.executable, "-S", "-m", "generate.share", tmp_path / "made"],
+        doing="making the files",
+        cwd=manual.DOCS.parent,
+        environment={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{alone}:{manual.DOCS.parent / 'src'}"},
+    )
+    assert (tmp_path / "made/man/man1/virt-dib.1").exists()
 
 
 def test_manual_and_completion_are_installed_with_the_package() -> None:
