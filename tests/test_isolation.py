@@ -276,6 +276,41 @@ def test_a_build_that_is_killed_while_its_appliance_starts_leaves_nothing(
     assert sockets() == before
 
 
+KILLED = """
+import os, signal, sys
+from virt_dib import cli, machine
+
+look, times = machine._possible_socket_directories, []
+
+def looks():
+    times.append(None)
+    if len(times) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return look()
+
+machine._possible_socket_directories = looks
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.needs_root
+def test_a_build_that_is_killed_when_its_sockets_are_made_and_not_yet_noted_leaves_nothing(
+    element_dir: Path, output_dir: Path, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root's are not in the directory of the build")
+    command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\nsleep 600\n")
+    before = set(Path("/tmp").glob("libguestfs*"))
+    words = [sys.executable, "-c", KILLED, *command[3:]]
+    with tools.started(words, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
+        process.wait()
+    wait_until_gone(temporary)
+    (left,) = set(Path("/tmp").glob("libguestfs*")) - before
+    with nothing_left(output_dir, temporary):
+        assert len(workspace.remove_leftovers(temporary)) == 1
+    assert not left.exists()
+
+
 def wait_for_file(directory: Path, pattern: str) -> None:
     """Wait until there is a file whose name fits *pattern*."""
     for _ in range(1200):

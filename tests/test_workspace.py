@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from virt_dib import tools
 from virt_dib.errors import ToolError
 from virt_dib.files import remove_tree
-from virt_dib.workspace import claimed, note_elsewhere, open_workspace, remove_leftovers
+from virt_dib.workspace import claimed, note_coming, note_elsewhere, open_workspace, remove_leftovers
 
 
 @pytest.fixture
@@ -86,6 +89,39 @@ def test_a_build_that_ends_on_its_own_tidies_up_itself(tmp_path: Path, out: Path
         note_elsewhere(directory, kept)
     assert not directory.exists()
     assert kept.exists()
+
+
+SOCKETS = "libguestfs*"
+
+
+@contextlib.contextmanager
+def bound(path: Path) -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX) as used:
+        used.bind(str(path))
+        yield
+
+
+def test_a_directory_that_was_noted_as_coming_goes_and_no_other_that_its_pattern_fits(killed: Path, out: Path) -> None:
+    (out / "libguestfs1").mkdir()
+    note_coming(killed, out / SOCKETS, out.glob(SOCKETS))
+    for name in ("libguestfs2", "libguestfs3", "libguestfs4", "other"):
+        (out / name).mkdir()
+    (out / "libguestfs2/file").touch()
+    os.utime(out / "libguestfs3", (0, 0))
+    (out / "libguestfs5").symlink_to("other")
+    (out / "libguestfs6").touch()
+    with bound(out / "libguestfs4/socket"):
+        assert remove_leftovers(killed.parent) == [killed]
+    assert set(os.listdir(out)) == {f"libguestfs{number}" for number in (1, 3, 4, 5, 6)} | {"other"}
+
+
+def test_what_is_noted_by_its_name_is_not_coming_any_more(killed: Path, out: Path) -> None:
+    note_coming(killed, out / SOCKETS, [])
+    for name in ("libguestfs1", "libguestfs2"):
+        (out / name).mkdir()
+    note_elsewhere(killed, out / "libguestfs1")
+    assert remove_leftovers(killed.parent) == [killed]
+    assert os.listdir(out) == ["libguestfs2"]
 
 
 # ---- a kill at any moment ----

@@ -56,7 +56,7 @@ from virt_dib.report import Artifact, BuildReport, PhaseResult
 from virt_dib.sandbox import open_sandbox
 from virt_dib.spec import BuildSpec, Isolation, Kvm, Phase, check_member
 from virt_dib.tree_stage import make_tree
-from virt_dib.workspace import note_elsewhere, open_workspace
+from virt_dib.workspace import note_coming, note_elsewhere, open_workspace
 
 _SHELL_SOCKET = "shell"
 _STARTING_APPLIANCE = "starting the appliance"
@@ -559,6 +559,7 @@ class _Build:
             verbose=self._options.verbose,
             shell_socket=self._workspace / _SHELL_SOCKET if self._options.breaks.points else None,
             on_elsewhere=functools.partial(note_elsewhere, self._workspace),
+            on_coming=functools.partial(note_coming, self._workspace),
             on_message=self._monitor.message,
             on_debug=self._monitor.debug,
         )

@@ -10,13 +10,15 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What the system says of a path, or of the target of a link, where no file can be."""
 HOST_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CHUNK_BYTES = 1 << 26
+_UNIX_WORDS = 8
+"""Of a line of ``/proc/net/unix`` with a path in it: the last but one is the inode."""
 _STALE_S = 3600.0
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -48,6 +50,13 @@ def remove_stale(directory: Path, pattern: str) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def sockets() -> Iterator[tuple[str, Path]]:
+    """The number and the path of each Unix socket that a process has open in this network namespace."""
+    text = Path("/proc/self/net/unix").read_text(errors="surrogateescape")
+    lines = (line.split(maxsplit=_UNIX_WORDS - 1) for line in text.splitlines())
+    yield from ((words[6], Path(words[7])) for words in lines if len(words) == _UNIX_WORDS)
 
 
 def remove_any(path: Path) -> None:

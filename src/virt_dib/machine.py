@@ -10,13 +10,14 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virt_dib import supermin
 from virt_dib.errors import Problem
+from virt_dib.files import sockets
 
 if TYPE_CHECKING:
     import guestfs  # noqa: TID251 - the one importer
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 LONGEST_SOCKET_PATH_BYTES = 107
 """unix(7)."""
 SHELL_PORT = "org.virt-dib.shell"
+_SOCKET_DIRECTORIES = Path("/tmp/libguestfs*")  # noqa: S108 - where libguestfs has them for root
 _JOB_WRITTEN = re.compile(r"""((?:internal_)?write "/jobs/[0-9]+\.sh") .*""", re.DOTALL)
-_UNIX_WORDS = 8
-"""Of a line of ``/proc/net/unix`` with a path in it: the last but one is the inode."""
 
 _KERNEL_OPTIONS = "mitigations=off norandmaps init_on_alloc=0"
 """The appliance runs nothing but one build, so it needs no walls against itself. Emulated, ``norandmaps`` makes
@@ -79,6 +79,8 @@ class Settings:
     """Where shells can be opened: the socket to make for them."""
     on_elsewhere: Callable[[Path], None] | None = None
     """Gets what libguestfs has made that is not beside the disks, and that stays if this process is killed."""
+    on_coming: Callable[[Path, Iterable[Path]], None] | None = None
+    """Gets a pattern, and all that fits it, before libguestfs makes what ``on_elsewhere`` gets when it has a name."""
     on_message: Callable[[str], None] | None = None
     """Gets what there is to tell."""
     on_debug: Callable[[str], None] | None = None
@@ -172,7 +174,7 @@ def has_own_runtime_dir(settings: Settings) -> bool:
 def sockets_noted(handle: guestfs.GuestFS, settings: Settings, noted: set[Path]) -> Iterator[None]:
     """Have ``Settings.on_elsewhere`` told where the sockets are, while the block launches the virtual machine.
 
-    *noted* gets it, too.
+    *noted* gets it, too; ``Settings.on_coming`` is told that it comes, for if this process is killed in between.
 
     libguestfs does not tell. Its calls show when it makes the directory: what is new at the next one is that, unless
     another program has made one in that tenth of a millisecond, too. Then it is found by its sockets, after the launch.
@@ -189,11 +191,14 @@ def sockets_noted(handle: guestfs.GuestFS, settings: Settings, noted: set[Path])
         nonlocal before
         if text.startswith("get_sockdir ="):
             before = _possible_socket_directories()
+            if settings.on_coming is not None:
+                with contextlib.suppress(OSError):  # a full disk will be told by others
+                    settings.on_coming(_SOCKET_DIRECTORIES, before)
         elif before is not None:
             new, before = _possible_socket_directories() - before, None
             if len(new) == 1:
                 noted.update(new)
-                with contextlib.suppress(OSError):  # a full disk will be told by others
+                with contextlib.suppress(OSError):
                     note(*new)
 
     traced = handle.get_trace()
@@ -210,7 +215,7 @@ def sockets_noted(handle: guestfs.GuestFS, settings: Settings, noted: set[Path])
 
 
 def _possible_socket_directories() -> set[Path]:
-    return set(Path("/tmp").glob("libguestfs*"))  # noqa: S108 - where libguestfs has them
+    return set(_SOCKET_DIRECTORIES.parent.glob(_SOCKET_DIRECTORIES.name))
 
 
 def _socket_directories() -> set[Path]:
@@ -219,9 +224,7 @@ def _socket_directories() -> set[Path]:
     for entry in os.scandir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             ours.add(os.readlink(entry.path).removeprefix("socket:[").removesuffix("]"))
-    lines = (line.split(maxsplit=7) for line in Path("/proc/self/net/unix").read_text(errors="replace").splitlines())
-    paths = (Path(words[7]) for words in lines if len(words) == _UNIX_WORDS and words[6] in ours)
-    return {path.parent for path in paths if path.parent.name.startswith("libguestfs")}
+    return {path.parent for number, path in sockets() if number in ours and path.parent.name.startswith("libguestfs")}
 
 
 def _without_job(text: str) -> str:

@@ -10,12 +10,12 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from virt_dib import namespaces, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, ToolError
-from virt_dib.files import remove_any, temp_dir, temp_dir_variable
+from virt_dib.files import remove_any, sockets, temp_dir, temp_dir_variable
 from virt_dib.interrupts import shielded
 
 _LOCK = "lock"
@@ -28,6 +28,8 @@ _BARE_PREFIX = f".{PREFIX}"
 """How they begin before they have their locks, and when they are about to lose them: there is nothing else in them."""
 _BARE_S = 600.0
 """So long nobody takes to give a directory its lock."""
+_COMING_S = 10.0
+"""So long nobody takes to make a directory, and the sockets in it, once he has noted that it comes."""
 
 
 @contextlib.contextmanager
@@ -95,7 +97,18 @@ def note_elsewhere(workspace: Path, path: Path, *, name: Path | None = None) -> 
     It is removed then, when the directory is; what is put aside for something new of the same *name*, only if that has
     got its name. A build that is not killed tidies up on its own.
     """
-    note = [str(path.absolute()), *([str(name.absolute())] if name is not None else [])]
+    _note(workspace, [str(path.absolute()), *([str(name.absolute())] if name is not None else [])])
+
+
+def note_coming(workspace: Path, pattern: Path, there: Iterable[Path]) -> None:
+    """Remember that a directory is about to be made whose name shows only then: it fits *pattern* and is not *there*.
+
+    The next note, which can tell its name, takes the place of this one.
+    """
+    _note(workspace, {"pattern": str(pattern), "there": [str(path) for path in there]})
+
+
+def _note(workspace: Path, note: object) -> None:
     with (workspace / _ELSEWHERE).open("a") as stream:
         stream.write(json.dumps(note) + "\n")
 
@@ -118,20 +131,43 @@ def remove_leftovers(parent: Path) -> list[Path]:
 
 def _remove_elsewhere(workspace: Path) -> None:
     """Remove what a killed build has left outside of its directory, and give back what it had only put aside."""
+    file = workspace / _ELSEWHERE
     try:
-        notes = (workspace / _ELSEWHERE).read_bytes().splitlines()
+        lines, noted_s = file.read_bytes().splitlines(), file.stat().st_mtime
     except FileNotFoundError:
         return
-    for note in notes:
+    last: object = None
+    for line in lines:
         # The last one may be cut off.
         with contextlib.suppress(OSError, TypeError, ValueError):
-            path, *names = map(Path, json.loads(note))
-            if path.lstat().st_uid != os.geteuid():
-                continue
-            if names and not os.path.lexists(names[0]):
-                path.rename(names[0])
-            else:
-                remove_any(path)
+            last = json.loads(line)
+            if isinstance(last, list):
+                _remove_noted(*map(Path, last))
+    if isinstance(last, dict):
+        with contextlib.suppress(OSError, TypeError, ValueError, KeyError):
+            _remove_coming(Path(last["pattern"]), set(map(Path, last["there"])), noted_s)
+
+
+def _remove_noted(path: Path, name: Path | None = None) -> None:
+    if path.lstat().st_uid != os.geteuid():
+        return
+    if name is not None and not os.path.lexists(name):
+        path.rename(name)
+    else:
+        remove_any(path)
+
+
+def _remove_coming(pattern: Path, there: set[Path], noted_s: float) -> None:
+    """Remove what a build was about to make at that time and had not noted yet.
+
+    Another program's could be there since that moment, too; it has sockets that are open.
+    """
+    used = {path.parent for _number, path in sockets()}
+    for path in set(pattern.parent.glob(pattern.name)) - there - used:
+        state = path.lstat()
+        own = stat.S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+        if own and abs(state.st_mtime - noted_s) < _COMING_S:
+            remove_any(path)
 
 
 def _remove(directory: Path) -> None:
