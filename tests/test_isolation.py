@@ -225,8 +225,10 @@ def wait_until_gone(temporary: Path) -> None:
 
 def left_elsewhere(temporary: Path) -> list[Path]:
     """What a killed build has made outside of its directory, and that is still there."""
-    notes = (path.read_text().splitlines() for path in temporary.glob("*/elsewhere"))
-    return [path for lines in notes for line in lines if (path := Path(json.loads(line)[0])).exists()]
+    lines = (line for path in temporary.glob("*/elsewhere") for line in path.read_text().splitlines())
+    # What was only to come has no name.
+    notes = (note for note in map(json.loads, lines) if isinstance(note, list))
+    return [path for note in notes if (path := Path(note[0])).exists()]
 
 
 def test_what_a_build_leaves_that_is_killed_while_it_writes_goes_at_the_next_start(
