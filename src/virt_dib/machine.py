@@ -198,7 +198,7 @@ def sockets_noted(handle: guestfs.GuestFS, settings: Settings, noted: set[Path])
             new, before = _possible_socket_directories() - before, None
             if len(new) == 1:
                 noted.update(new)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # as above
                     note(*new)
 
     traced = handle.get_trace()
