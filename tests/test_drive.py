@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import os
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import NoReturn
 import pytest
 
 from helpers import ExtFiles, Run, files_in_image, make_element, make_tiny_os, virt_dib
-from virt_dib import staging, tools
+from virt_dib import prerequisites, staging, tools
 from virt_dib.appliance import open_appliance
 from virt_dib.drive import Drive, held, inspect, note_format
 from virt_dib.errors import Interrupted, UsageError
@@ -178,6 +179,48 @@ def test_in_use_by_another_build(tmp_path: Path) -> None:
         pass
     with held(found):
         pass
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from virt_dib.drive import held, inspect
+with held(inspect(Path(sys.argv[1]), None)):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_build_is_refused_whose_drive_another_process_has(element_dir: Path, tmp_path: Path) -> None:
+    """Before its appliance starts, of which nothing could come: the qemu here does not run."""
+    if prerequisites.require_prerequisites():
+        pytest.skip("this host has no appliance")
+    path = ext4_drive(tmp_path / "drive")
+    before = digest(path)
+    environment = {"LIBGUESTFS_HV": "/bin/false", "VIRT_DIB_KVM": "off", "TMPDIR": str(tmp_path)}
+    out = tmp_path / "out"
+    out.mkdir()
+    words: list[str | Path] = ["--name", "x", "--skip-base", "-p", element_dir, "--drive", path, "tiny-os"]
+    reader, writer = os.pipe()
+    with tools.started([sys.executable, "-c", HOLDS, path], stdin=reader, environment=os.environ) as other:
+        os.close(reader)
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"has it\n"
+        run = virt_dib(words, cwd=out, environment=environment)
+        os.close(writer)
+        assert other.wait() == 0
+    assert run.stderr.splitlines() == [
+        f"virt-dib: error: cannot use '{path}' as helper drive: another build uses it",
+        "virt-dib: hint: wait until that has ended, or give another --drive",
+    ]
+    assert run.exit_status == 2
+    assert os.listdir(out) == []
+    assert sorted(os.listdir(tmp_path)) == ["drive", "out"]
+    assert digest(path) == before
+    # That was all: now it comes to the appliance.
+    run = virt_dib(words, cwd=out, environment=environment)
+    assert "helper drive" not in run.stderr
+    assert "starting the appliance" in run.stderr
 
 
 @pytest.mark.parametrize("name", ["drive", "drive.qcow2"])
