@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
+import http.server
 import io
 import os
 import resource
@@ -17,10 +19,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from helpers import TESTS, make_element, make_tiny_os
+from helpers import ISOLATIONS, TESTS, Run, make_element, make_tiny_os, skip_without, virt_dib
 from test_staging import as_ordinary_user, run_python
 from virt_dib import environment as contract
 from virt_dib import image_cache, layout, tools
@@ -303,6 +306,12 @@ def test_of_two_builds_that_change_an_entry_the_first_one_wins(cache: Path, star
     assert content(cache) == {**BEFORE, "git/HEAD": "first", "image": "of the second"}
 
 
+def is_waited_for(directory: Path) -> bool:
+    """Whether somebody waits for the lock of *directory*, by proc_locks(5)."""
+    number = f":{directory.stat().st_ino} "
+    return any(" -> " in line and number in line for line in Path("/proc/locks").read_text().splitlines())
+
+
 def test_it_waits_for_another_build_that_is_writing(cache: Path, start: Callable[[], Build]) -> None:
     build = start()
     (build.copy / "image").write_text("two")
@@ -310,7 +319,9 @@ def test_it_waits_for_another_build_that_is_writing(cache: Path, start: Callable
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     thread = threading.Thread(target=build.end)
     thread.start()
-    thread.join(0.5)
+    while thread.is_alive() and not is_waited_for(cache):
+        thread.join(0.01)
+    assert thread.is_alive(), "it has not waited"
     assert content(cache)["image"] == "one"
     os.close(descriptor)
     thread.join()
@@ -353,12 +364,6 @@ def test_what_a_killed_build_is_said_to_have_left_is_not_taken_from_elsewhere(
     assert content(build.copy) == BEFORE
     build.end()
     assert content(tmp_path / "private") == {"key": "secret", "old/key": "secret"}
-
-
-def is_waited_for(directory: Path) -> bool:
-    """Whether somebody waits for the lock of *directory*, by proc_locks(5)."""
-    number = f":{directory.stat().st_ino} "
-    return any(" -> " in line and number in line for line in Path("/proc/locks").read_text().splitlines())
 
 
 def test_a_directory_of_a_build_that_has_only_just_made_it_is_not_swept(
@@ -638,3 +643,79 @@ def test_the_next_build_finds_what_elements_have_cached(tmp_path: Path) -> None:
     assert (cache / "entry/file").stat().st_uid == os.geteuid()
     # And nothing of it is there for who does not ask for it.
     assert "cached: \n" in tree_stage(tmp_path, None, {})
+
+
+TOGETHER = """#!/bin/bash
+set -eu
+# Answered when both builds have asked: each has got its copy of the cache by then, and neither has given one back.
+curl --fail --silent --show-error --max-time 800 "$SERVER/$IMAGE_NAME"
+mkdir -p "$DIB_IMAGE_CACHE/$IMAGE_NAME"
+echo "of $IMAGE_NAME" | tee "$DIB_IMAGE_CACHE/$IMAGE_NAME/file" >"$DIB_IMAGE_CACHE/shared"
+"""
+
+
+class Meeting(http.server.BaseHTTPRequestHandler):
+    """Nobody gets an answer before both have asked."""
+
+    both: ClassVar[threading.Barrier]
+
+    def do_GET(self) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both.wait()
+            self.send_response(204)
+            self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server names it
+        pass
+
+
+@pytest.fixture
+def meeting() -> Iterator[str]:
+    """The address of a server where two builds meet: one of this host's that they get to, no loopback's."""
+    addresses = tools.run(["hostname", "-I"], doing="looking for an address").stdout.split()
+    if not addresses:
+        pytest.skip("this host has no address but its loopback's")
+    Meeting.both = threading.Barrier(2)
+    with http.server.ThreadingHTTPServer((addresses[0], 0), Meeting) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://{addresses[0]}:{running.server_address[1]}"
+        Meeting.both.abort()
+        running.shutdown()
+
+
+@pytest.mark.full
+@pytest.mark.appliance
+@pytest.mark.sandbox
+def test_two_whole_builds_at_once_keep_what_both_have_cached(cache: Path, tmp_path: Path, meeting: str) -> None:
+    """One in each isolation, as processes of their own."""
+    skip_without("sandbox")
+    make_tiny_os(tmp_path / "elements")
+    make_element(tmp_path / "elements", "together", {"extra-data.d/50-together": TOGETHER})
+    arguments: list[str | Path] = [
+        "--formats", "tar", "--skip-base", "-p", tmp_path / "elements", "--image-cache", cache, "--envvar",
+        f"SERVER={meeting}", "tiny-os", "together",
+    ]  # fmt: skip
+
+    def build(isolation: str) -> Run:
+        (tmp_path / isolation).mkdir()
+        words = ["--name", isolation, "--isolation", isolation, *arguments]
+        run = virt_dib(words, cwd=tmp_path / isolation, environment={"TMPDIR": "/var/tmp"})
+        if run.exit_status != 0:
+            # The other one need not wait for it.
+            Meeting.both.abort()
+        return run
+
+    with concurrent.futures.ThreadPoolExecutor(len(ISOLATIONS)) as both:
+        runs = dict(zip(ISOLATIONS, both.map(build, ISOLATIONS), strict=True))
+    for isolation, run in runs.items():
+        assert run.exit_status == 0, run.stdout + run.stderr
+        assert (tmp_path / isolation / f"{isolation}.tar").stat().st_size > 0
+    found = content(cache)
+    # Of an entry that both have made, the first one's stays, and the other build is told so.
+    first = found.pop("shared").removeprefix("of ").strip()
+    told = "not cached, since it has changed in the image cache meanwhile: shared"
+    assert [isolation for isolation, run in runs.items() if told in run.stdout] == [
+        isolation for isolation in ISOLATIONS if isolation != first
+    ]
+    assert found == {**BEFORE, **{f"{isolation}/file": f"of {isolation}\n" for isolation in ISOLATIONS}}
+    assert {path.name for path in cache.iterdir()} == {"git", "image", "shared", *ISOLATIONS}
