@@ -223,6 +223,50 @@ def test_every_byte_of_a_header_changed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.tar", "x.tar"]
 
 
+EXABYTE = 1 << 60
+SPARSE = """
+mount -t tmpfs none "$1" && cd "$1" && : >big && truncate -s 1E big || exit
+shift
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--format=gnu"], *(["--format=posix", f"--sparse-version={version}"] for version in ("0.0", "0.1", "1.0"))],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("limit_bytes", [LIMIT_BYTES, 2 * EXABYTE])
+def test_a_file_of_an_exabyte_that_is_one_hole(tmp_path: Path, options: list[str], limit_bytes: int) -> None:
+    """As tar writes it, in a few kilobytes; it comes out of memory, since few file systems of hosts take such a one."""
+    target, memory, archive = tmp_path / "target", tmp_path / "memory", tmp_path / "out.tar"
+    target.mkdir()
+    memory.mkdir()
+    unshare = tools.require("unshare", purpose="run the tests", package="util-linux")
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    inside = [unshare, *as_root, "--mount", "/bin/sh", "-c", SPARSE, "sh", memory]
+    tools.run([*inside, "tar", "--sparse", *options, "-cf", archive, "big"], doing="running tar")
+    assert archive.stat().st_size < LIMIT_BYTES
+    with pytest.raises(ApplianceError, match=r"the archive that the guest left is damaged at '(\./)?\S*big'"):
+        copy_out(archive, target, limit_bytes=limit_bytes)
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize("as_cache", [False, True])
+@pytest.mark.parametrize("said_by", ["the header", "pax"])
+def test_a_header_that_says_an_exabyte(tmp_path: Path, said_by: str, *, as_cache: bool) -> None:
+    info, _ = member("big")
+    said = f"{len(f'00 size={EXABYTE}') + 1} size={EXABYTE}\n".encode()
+    before = archive_of(tmp_path / "x.tar", member("h", tarfile.XHDTYPE, said)).read_bytes()[: 2 * tarfile.BLOCKSIZE]
+    info.size = EXABYTE if said_by == "the header" else 0
+    data = (b"" if said_by == "the header" else before) + info.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "out.tar").write_bytes(data + bytes(10_000))
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ApplianceError, match=f"the guest left more than {LIMIT_BYTES} bytes of files in "):
+        copy_out(tmp_path / "out.tar", tmp_path / "target", limit_bytes=LIMIT_BYTES, as_cache=as_cache)
+    assert list((tmp_path / "target").iterdir()) == []
+
+
 NO_ROOM = """
 import errno, sys
 from pathlib import Path
