@@ -18,13 +18,14 @@ import runpy
 import stat
 import sys
 import tarfile
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from helpers import skip_without
+from helpers import make_element, make_tiny_os, skip_without, virt_dib
 from test_drive import ext4_drive, patch, refusal
 from test_formats import DISK_FORMATS, asking, make_squashfs
 from test_sandbox import staged
@@ -276,6 +277,8 @@ def test_a_drive_of_which_nothing_is_known_is_not_to_be_converted_unseen(
 ) -> None:
     path = disk_with(tmp_path / "drive", HEADS[head](tmp_path, secret))
     if head == "a qcow2 that stands alone":
+        # There is nothing in it to be afraid of.
+        assert drive.inspect(path, None) == drive.Drive(path, "qcow2")
         return
     with pytest.raises(UsageError) as caught:
         drive.inspect(path, None)
@@ -627,3 +630,31 @@ def test_an_archive_of_a_bash_of_the_guests_is_not_longer_than_it_may_be(box: Sa
     leave(box, "cp /bin/bash /run/real")
     with replaced(box, "/bin/bash", evil), pytest.raises(ApplianceError, match="it holds more than"):
         box.archive("/dib/out", tmp_path / "out.tar", limit_bytes=MIB)
+
+
+@pytest.mark.full
+@pytest.mark.appliance
+@pytest.mark.sandbox
+def test_a_file_of_an_exabyte_in_the_directory_of_a_whole_build(tmp_path: Path) -> None:
+    """Where the tree of the sandbox is in memory, it can be made; elsewhere few file systems take it."""
+    skip_without("sandbox")
+    make_tiny_os(tmp_path / "elements")
+    huge = "#!/bin/bash\nset -eu\ntruncate -s 1E huge\nstat -c 'made: %s' huge\n"
+    make_element(tmp_path / "elements", "huge", {"root.d/50-huge": huge})
+    out = tmp_path / "out"
+    (out / "x.d").mkdir(parents=True)
+    (out / "x.d/earlier").touch()
+    words: list[str | Path] = [
+        "--name", "x", "--formats", "raw", "--size", "1G", "--no-network", "--skip-base", "--isolation", "sandbox",
+        "-p", tmp_path / "elements", "tiny-os", "huge",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        run = virt_dib(words, cwd=out, environment={"TMPDIR": memory})
+        left = os.listdir(memory)
+    assert f"made: {1 << 60}\n" in run.stdout
+    assert run.exit_status == 1
+    assert len([line for line in run.stderr.splitlines() if line.startswith("virt-dib: error: ")]) == 1
+    assert "Traceback" not in run.stdout + run.stderr
+    assert left == []
+    assert sorted(os.listdir(out)) == ["x.d", "x.log"]
+    assert os.listdir(out / "x.d") == ["earlier"]
