@@ -19,14 +19,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from helpers import ISOLATIONS, TESTS, Run, make_element, make_tiny_os, skip_without, virt_dib
 from test_staging import as_ordinary_user, run_python
 from virt_dib import environment as contract
-from virt_dib import image_cache, layout, tools
+from virt_dib import image_cache, layout, tools, unpacking
 from virt_dib.errors import ApplianceError, ScriptError, ToolError, UsageError
 from virt_dib.image_cache import ImageCache, Received
 from virt_dib.monitor import BuildMonitor
@@ -312,11 +312,25 @@ def is_waited_for(directory: Path) -> bool:
     return any(" -> " in line and number in line for line in Path("/proc/locks").read_text().splitlines())
 
 
-def test_it_waits_for_another_build_that_is_writing(cache: Path, start: Callable[[], Build]) -> None:
+@pytest.mark.parametrize("since", ["before", "it has unpacked"])
+def test_it_waits_for_another_build_that_is_writing(
+    cache: Path, start: Callable[[], Build], monkeypatch: pytest.MonkeyPatch, since: str
+) -> None:
+    """Which has the lock since then."""
     build = start()
     (build.copy / "image").write_text("two")
     descriptor = os.open(cache, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unpack = unpacking.copy_out
+
+    def unpack_and_lock(*arguments: Any, **more: Any) -> unpacking.CopiedOut:  # noqa: ANN401 - the function's own
+        copied = unpack(*arguments, **more)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return copied
+
+    if since == "before":
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    else:
+        monkeypatch.setattr(unpacking, "copy_out", unpack_and_lock)
     thread = threading.Thread(target=build.end)
     thread.start()
     while thread.is_alive() and not is_waited_for(cache):

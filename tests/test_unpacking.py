@@ -244,10 +244,10 @@ def test_a_file_of_an_exabyte_that_is_one_hole(tmp_path: Path, options: list[str
     memory.mkdir()
     unshare = tools.require("unshare", purpose="run the tests", package="util-linux")
     as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    inside = [unshare, *as_root, "--mount", "/bin/sh", "-c", SPARSE, "sh", memory]
+    inside: list[str | Path] = [unshare, *as_root, "--mount", "/bin/sh", "-c", SPARSE, "sh", memory]
     tools.run([*inside, "tar", "--sparse", *options, "-cf", archive, "big"], doing="running tar")
     assert archive.stat().st_size < LIMIT_BYTES
-    with pytest.raises(ApplianceError, match=r"the archive that the guest left is damaged at '(\./)?\S*big'"):
+    with pytest.raises(ApplianceError, match=r"the archive that the guest left is damaged at '.*big'"):
         copy_out(archive, target, limit_bytes=limit_bytes)
     assert list(target.iterdir()) == []
 
