@@ -21,7 +21,7 @@ from diskimage_builder.block_device import config as dib_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers import make_element
+from helpers import make_element, virt_dib
 from virt_dib import (
     cli,
     command_line,
@@ -40,6 +40,7 @@ from virt_dib.files import remove_tree
 from virt_dib.releases import NEWEST
 from virt_dib.scripts import Scripts
 from virt_dib.spec import BuildSpec, Phase, parse_duration, parse_size
+from virt_dib.supermin import cache_dir
 
 # Of bytes that are no UTF-8, too, as arguments and variables may have them.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.just("\udce9"), max_size=8)
@@ -145,6 +146,55 @@ def test_commands_that_cannot_be_done_leave_nothing(
     # Colours are asked for; nothing else steers a terminal.
     assert "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", out + err)
     assert below(surroundings) == before
+
+
+ASKED = st.lists(
+    st.sampled_from([
+        ["--formats", "raw,qcow2,tar"], ["--formats", "squashfs,vhd"], ["--formats", "oci", "--docker-target", "a:b"],
+        ["--checksum"], ["--size", "1G"], ["--size", "auto"], ["--fs-type", "xfs"], ["--root-label", "$(id)"],
+        ["--qemu-img-options", "compat=1.1"], ["--mkfs-options", "-m 1"], ["-u"], ["--compression", "zstd"],
+        ["--no-delete-on-failure"], ["--extra-packages", "../x,--y"], ["--install-type", "package"],
+        ["--exclude-script", "../50-x"], ["--exclude-element", ".."], ["--no-network"], ["--smp", "1"],
+        ["--no-host-certificates"], ["--image-cache", "cache"], ["--machine-readable=file:events"], ["-x"], ["-v"],
+        ["--machine-readable"], ["--wrap", "--color"], ["--envvar", "TMPDIR=/nothing"], ["--envvar", "HOME=.."],
+        ["--envvar", "DIB_IMAGE_CACHE=../x"], ["--envvar", "TMP_HOOKS_PATH=/tmp/x"], ["--envvar", "DIB_LOCKFILES=x"],
+        ["--debug", "1"], ["--ramdisk-element", "../x"],
+    ]),
+    max_size=6,
+)  # fmt: skip
+IMAGE_NAMES = st.sampled_from(["x", " ", "~", "$(id)", "*", "\u65e5", "a'b", 'a"b', "..x", "x" * 200, "%s", "a\\b"])
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(asked=ASKED, name=IMAGE_NAMES)
+@example(asked=[["--no-delete-on-failure", "--checksum"], ["--image-cache", "cache"]], name="$(id)")
+@example(asked=[["--machine-readable=file:events"], ["--formats", "raw,tar"]], name="a\\b")
+def test_builds_that_come_as_far_as_the_appliance_leave_their_logs_alone(
+    asked: list[list[str]], name: str, tmp_path_factory: pytest.TempPathFactory, element_dir: Path
+) -> None:
+    """Which does not start, for qemu is a program that fails at once. Not in this process, which it would fill."""
+    if prerequisites.require_prerequisites():
+        pytest.skip("this host has no appliance")
+    top = tmp_path_factory.mktemp("as-far")
+    for directory in ("out", "home", "temporary"):
+        (top / directory).mkdir()
+    environment = {
+        "LIBGUESTFS_HV": "/bin/false", "VIRT_DIB_KVM": "off", "TMPDIR": str(top / "temporary"),
+        "HOME": str(top / "home"), "XDG_CACHE_HOME": str(cache_dir().parent),
+    }  # fmt: skip
+    words = [word for words in asked for word in words]
+    command: list[str | Path] = [*words, f"--name={name}", "--skip-base", "-p", element_dir, "tiny-os"]
+    run = virt_dib(command, cwd=top / "out", environment=environment)
+    assert run.exit_status == 1, run.stdout + run.stderr
+    assert "starting the appliance: /bin/false" in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    assert sorted(path.name for path in top.iterdir()) == ["home", "out", "temporary"]
+    left = {path.name for path in everything(top / "out")} - {f"{name}.log", "cache", "events"}
+    if "--no-delete-on-failure" in words:
+        left = {kept for kept in left if not (kept.startswith(f".{name}.") and kept.endswith(".partial"))}
+    assert left == set()
+    assert not list(everything(top / "temporary"))
+    assert not list(everything(top / "home"))
 
 
 # ---- sizes, numbers, and other values ----
