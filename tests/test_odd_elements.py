@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import TESTS, make_element, make_tiny_os, tree_stage, tree_stage_command
-from virt_dib import api, cli, environment, plan, prerequisites, scripts, tools, workspace
+from helpers import TESTS, Run, make_element, make_tiny_os, tree_stage, tree_stage_command
+from virt_dib import api, cli, environment, hooks, plan, prerequisites, scripts, tools, workspace
 from virt_dib.errors import ElementError, ToolError, UsageError, VirtDibError
 from virt_dib.spec import BuildSpec
 
@@ -543,3 +543,71 @@ def test_the_error_of_a_script_whose_interpreter_is_missing(place: Path) -> None
     assert run.exit_status == 1
     assert "install.d/50-x of element 'two' failed with exit status 127" in run.stderr
     assert "hint: the program that the first line of '/helper' names is not there" in run.stderr
+
+
+# ---- names and numbers that really run ----
+
+
+def built_in_sandbox(place: Path, *elements: str, look: str) -> tuple[Run, str]:
+    """The tree stage with tiny-os and *elements*, and what *look* then prints inside."""
+    make_tiny_os(place / "elements")
+    (place / "out").mkdir()
+    words: list[str | Path] = ["--name", "x", "--no-network", "--skip-base", "-p", place / "elements", "tiny-os"]
+    return tree_stage(
+        tree_stage_command([*words, *elements], look=look),
+        cwd=place / "out",
+        environment={**os.environ, "TMPDIR": str(place)},
+    )
+
+
+def bash_word(text: str) -> str:
+    """*text* as bash reads it again, whatever bytes it has."""
+    octal = "".join(f"\\{byte:03o}" for byte in os.fsencode(text))
+    return f"$'{octal}'"
+
+
+@pytest.mark.sandbox
+def test_elements_with_names_of_all_kinds_are_built(place: Path) -> None:
+    """Their scripts run, find the files of their names, and no name is ever run itself."""
+    # As above: how an element can be named, in a list or on a command line.
+    names = [name for name in ODD_NAMES if name.isprintable() or not set(name) & set(" \t\n")]
+    listed = [name for name in names if name.isprintable()]
+    for number, name in enumerate(names):
+        outside = f'#!/bin/bash\ncat -- "/dib/elements/0"/{bash_word(name)}/{bash_word(f"{name}/{name}")}\n'
+        odd = f"#!/bin/bash\necho odd name {number}\n"
+        files = {
+            f"root.d/{20 + number}-odd": outside,
+            f"root.d/{name[:200]}": odd,
+            f"install.d/{20 + number}-odd": f"#!/bin/bash\necho inside {number} >>/odd\n",
+            f"install.d/{name[:200]}": odd,
+            f"{name}/{name}": f"of element {number}\n",
+        }
+        make_element(place / "elements", name, files)
+    # Those that no element can be named by are names of files.
+    data = {f"data/{name}": f"data {number}\n" for number, name in enumerate(ODD_NAMES)}
+    data["root.d/80-data"] = "#!/bin/bash\ncat -- /dib/elements/0/all/data/*\n"
+    make_element(place / "elements", "all", data, depends=listed)
+    look = """cat odd; find / \\( -path /proc -o -path /sys -o -path /usr \\) -prune -o -name pwned -print"""
+    run, seen = built_in_sandbox(place, "all", *(name for name in names if name not in listed), look=look)
+    assert run.exit_status == 0, run.stdout + run.stderr
+    shown = run.stdout.splitlines()
+    assert [line for line in shown if line.startswith("of element ")] == [f"of element {n}" for n in range(len(names))]
+    assert {line for line in shown if line.startswith("data ")} == {f"data {n}" for n in range(len(ODD_NAMES))}
+    # An odd name is that of a script where dib-run-parts takes it for one: in both phases.
+    scripts_run = [number for number, name in enumerate(names) if hooks.is_script_name(name[:200])]
+    assert names.index("-rf") in scripts_run
+    assert sorted(line for line in shown if line.startswith("odd name ")) == sorted(
+        f"odd name {number}" for number in [*scripts_run, *scripts_run]
+    )
+    assert seen.splitlines() == [f"inside {number}" for number in range(len(names))]
+    assert not list(place.rglob("pwned"))
+
+
+@pytest.mark.full
+@pytest.mark.sandbox
+def test_five_thousand_scripts_in_one_phase_run(place: Path) -> None:
+    names = [f"{number:04}-x" for number in range(5000)]
+    make_element(place / "elements", "many", {f"root.d/{name}": '#!/bin/sh\necho "${0##*/}" >>ran\n' for name in names})
+    run, seen = built_in_sandbox(place, "many", look="cat /dib/out/ran")
+    assert run.exit_status == 0, run.stdout[-5000:] + run.stderr
+    assert seen.splitlines() == names
