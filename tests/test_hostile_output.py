@@ -7,30 +7,34 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import math
 import os
 import pty
+import re
 import resource
 import socket
+import sys
 import tempfile
 import termios
 import threading
 import time
 import tty
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from helpers import skip_without
+from helpers import make_element, make_tiny_os, skip_without
 from test_dib_output import make_hooks, run_phase
 from test_monitor import monitor, terminal
 from test_sandbox import staged
 from virt_dib import appliance as appliance_module
 from virt_dib import environment as contract
-from virt_dib import events
+from virt_dib import events, tools
 from virt_dib.appliance import open_appliance
 from virt_dib.errors import ApplianceError, ScriptError, ToolError
 from virt_dib.interrupts import Limit, limited
@@ -453,3 +457,97 @@ def test_forged_names_and_times_are_shown_and_told(box: Sandbox, tmp_path: Path)
     assert results[-1].name == "20-after"
     assert all(line is None or json.loads(line) for line in told)
     assert "\x1b" not in summary(BuildReport(name="x", phases=[], artifacts=[], seconds=1.0))
+
+
+# ---- in a whole build, in the appliance ----
+
+LINE_BYTES = 100_000_000
+FACTS = """
+mkdir facts
+cd facts
+umask >umask
+cp /proc/self/environ environ
+for name in cmdline cpuinfo self/mountinfo; do cat "/proc/$name" >"$(basename "$name")"; done
+cp /etc/passwd passwd
+id -un >user
+"""
+"""Has a script write down, in NAME.d, what of the list of bytes on docs/security.md it can see."""
+OUTSIDE = {"TERM": "xterm-256color", "LANG": "xx_XX.UTF-8"}
+"""Of the host, and not for the guest."""
+WITH_UMASK = ("/bin/sh", "-c", 'umask 077; exec "$@"', "sh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoudBuild:
+    """A build whose scripts say and close what they can, on a terminal."""
+
+    exit_status: int
+    screen: bytes
+    output_dir: Path
+
+
+@functools.cache
+def build_loud(directory: Path) -> LoudBuild:
+    """Once for the modules that look at it."""
+    directory.mkdir()
+    make_tiny_os(directory)
+    texts = {
+        "20-facts": FACTS,
+        "21-closes": "exec 0<&- 1>&- 2>&-; : >closed",
+        "22-line": f"head -c {LINE_BYTES} /dev/zero | tr '\\0' x",
+        **{f"{30 + number}-steer": f"printf '{text}\\n'" for number, text in enumerate(STEERING.values())},
+        "90-leaves": "(trap '' TERM HUP INT; setsid sleep 1000 &); echo left one with its output",
+        "91-end": "echo the end",
+    }
+    make_element(directory, "loud", {f"root.d/{name}": f"#!/bin/bash\n{text}\n" for name, text in texts.items()})
+    (directory / "out").mkdir()
+    (directory / "temporary").mkdir()
+    command: list[str | Path] = [
+        *WITH_UMASK, sys.executable, "-m", "virt_dib", "--name", "x", "--formats", "tar", "--skip-base", "--no-network",
+        "--kvm", "off", "-p", directory, "tiny-os", "loud",
+    ]  # fmt: skip
+    environment = {**os.environ, **OUTSIDE, "TMPDIR": str(directory / "temporary")}
+    leader, follower = pty.openpty()
+    screen = bytearray()
+    with tools.started(
+        command, cwd=directory / "out", environment=environment, stdin=follower, stdout=follower, stderr=follower
+    ) as build:
+        os.close(follower)
+        # An error is Linux's way to say that nobody has the other side open any more.
+        with contextlib.suppress(OSError):
+            while data := os.read(leader, 1 << 16):
+                screen += data
+        exit_status = build.wait()
+    os.close(leader)
+    return LoudBuild(exit_status=exit_status, screen=bytes(screen), output_dir=directory / "out")
+
+
+@pytest.fixture(scope="session")
+def loud_build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoudBuild]:
+    built = build_loud(tmp_path_factory.getbasetemp() / "loud-build")
+    yield built
+    # It is long, and pytest keeps the files of several runs.
+    (built.output_dir / "x.log").unlink(missing_ok=True)
+
+
+@pytest.mark.appliance
+def test_a_whole_build_of_scripts_that_print_anything_and_close_their_output(loud_build: LoudBuild) -> None:
+    assert loud_build.exit_status == 0, loud_build.screen[-5000:]
+    assert (loud_build.output_dir / "x.d/closed").exists()
+    raw = (loud_build.output_dir / "x.log").read_bytes()
+    assert b"x" * LINE_BYTES in raw
+    assert len(raw) < LINE_BYTES + 100_000
+    for text in STEERING.values():
+        assert text.encode().decode("unicode_escape").encode("latin-1") in raw
+    # Each has begun after the one before had ended, whatever that had closed, or left behind.
+    assert b"\nleft one with its output\n" in raw
+    assert b"\nthe end\n" in raw
+
+
+@pytest.mark.appliance
+def test_the_terminal_of_a_whole_build_gets_nothing_that_steers_it(loud_build: LoudBuild) -> None:
+    """But colours, and what takes the status line away."""
+    shown = re.sub(r"\x1b\[[0-9;]*m|\x1b\[K|[\r\n]", "", loud_build.screen.decode())
+    assert shown.count("x") >= LINE_BYTES
+    assert "the end" in shown
+    assert shown.isprintable(), {char for char in shown if not char.isprintable()}
