@@ -3,25 +3,41 @@
 
 from __future__ import annotations
 
+import base64
 import fnmatch
+import io
 import os
+import pwd
 import re
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from helpers import ODD_VARIABLES, TESTS
+from helpers import ODD_VARIABLES, TESTS, make_element, make_tiny_os, tree_stage, tree_stage_command
 from test_contract import OF_BASH, environment
 from test_contract import probe_dir as probe_dir  # noqa: PLC0414 - a fixture
+from test_hostile_output import FACTS, OUTSIDE, WITH_UMASK, LoudBuild
+from test_hostile_output import loud_build as loud_build  # noqa: PLC0414 - a fixture
 from virt_dib import environment as contract
 from virt_dib import staging
-from virt_dib.spec import Phase
+from virt_dib.spec import Phase, Where
 
 PAGE = (TESTS.parent / "docs" / "security.md").read_text()
 GIVEN = {*ODD_VARIABLES, "PROBE_VALUE", "DIB_PROBE", "PROBE_CARRIED"}
 """By the user, with ``--envvar``."""
 BY_SCRIPTS = {"PROBE_FROM_ENVIRONMENT"}
+NOT_ALWAYS_FILES = {
+    "/dib/extra-data-cache/*", "/dib/home/*", "/dib/host-files/*", "/dib/image/*", "/dib/named/*", "/dib/out/*",
+    "/dib/prefix/*", "/dib/programs/*", "/dib/tmp/*",
+}  # fmt: skip
+"""Listed, and empty in a build such as the probe's, at the end of root.d."""
+NOT_ALWAYS_VARIABLES = {
+    "BUILDAH_ISOLATION", "COMPRESS_IMAGE", "DIB_IMAGE_ROOT_FS_UUID", "DIB_ORIGINAL_PATH", "DIB_PYTHON_EXEC_TMP",
+    "DOCKER_TARGET", "IMAGE_BLOCK_DEVICE_WITHOUT_PART", "LANG", "RAMDISK_ELEMENT", "SCRIPT_HOME", "TMP_IMAGE_PATH",
+    "_BASE_ELEMENT_DIR", "_PREFIX",
+}  # fmt: skip
+"""Listed, but of other releases, elements, layouts and options than the probe's."""
 
 
 def section(title: str) -> str:
@@ -97,6 +113,90 @@ def test_the_variables_that_an_element_sees(probe_dir: Path, phase: Phase) -> No
     host = set(contract.from_host(os.environ)) | {"HOST_SECRET"} if phase is Phase.EXTRA_DATA else set()
     assert seen - listed - GIVEN - BY_SCRIPTS - OF_BASH - host == set()
     assert {"ARCH", "DIB_ARGS", "TMP_MOUNT_PATH"} <= seen
+
+
+@pytest.mark.appliance
+def test_the_files_that_are_listed_are_seen(probe_dir: Path, isolation: str) -> None:
+    """Of those that virt-dib puts there; which of the others there are is this host's affair."""
+    seen = {os.fsdecode(path) for path in (probe_dir / "files").read_bytes().split(b"\0") if path}
+    ours = {pattern for pattern in patterns(isolation) if pattern.startswith("/dib/")}
+    unseen = {pattern for pattern in ours if not any(fnmatch.fnmatchcase(path, pattern) for path in seen)}
+    assert unseen - NOT_ALWAYS_FILES == set()
+    assert len(ours - unseen) > 5
+
+
+@pytest.mark.appliance
+def test_the_variables_that_are_listed_are_seen(probe_dir: Path) -> None:
+    seen = {phase: set(environment(probe_dir, phase)) for phase in Phase}
+    listed = listed_variables()
+    unseen = listed["everywhere, made by virt-dib"] - set().union(*seen.values())
+    assert unseen - NOT_ALWAYS_VARIABLES == set()
+    certificates = listed["in the image, with the host's certificates"]
+    # extra-data.d has what this host has of them.
+    for phase in set(Phase) - {Phase.EXTRA_DATA}:
+        assert certificates & seen[phase] == (certificates if phase.where is Where.CHROOT else set()), phase
+
+
+# ---- bytes ----
+
+
+@pytest.fixture(scope="session")
+def facts_dir(request: pytest.FixtureRequest, isolation: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a script has written down, of a build by a user with a umask, a language and a terminal of their own."""
+    if isolation == "vm":
+        loud: LoudBuild = request.getfixturevalue("loud_build")
+        return loud.output_dir / "x.d/facts"
+    directory = tmp_path_factory.mktemp("facts")
+    make_tiny_os(directory)
+    make_element(directory, "facts", {"root.d/20-facts": f"#!/bin/bash\n{FACTS}"})
+    words: list[str | Path] = ["--name", "x", "--no-network", "--skip-base", "-p", directory, "tiny-os", "facts"]
+    run, seen = tree_stage(
+        [*WITH_UMASK, *tree_stage_command(words, look="cd /dib/out/facts; tar -c * | base64")],
+        cwd=directory,
+        environment={**os.environ, **OUTSIDE, "TMPDIR": str(directory)},
+    )
+    assert run.exit_status == 0, run.stdout + run.stderr
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(seen))) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            assert content is not None
+            (directory / member.name).write_bytes(content.read())
+    return directory
+
+
+def processors(text: str) -> set[str]:
+    return {line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")}
+
+
+@pytest.mark.appliance
+def test_umask_language_terminal_and_users_are_not_the_hosts(facts_dir: Path) -> None:
+    assert (facts_dir / "umask").read_text() == "0022\n"
+    assert (facts_dir / "user").read_text() == "root\n"
+    users = {line.split(":")[0] for line in (facts_dir / "passwd").read_text().splitlines()}
+    assert "root" in users
+    assert not users & {user.pw_name for user in pwd.getpwall() if 1000 <= user.pw_uid < 60000}
+    variables = (facts_dir / "environ").read_text().split("\0")
+    assert {"LC_ALL=C", "TERM=dumb"} <= set(variables)
+    for value in OUTSIDE.values():
+        assert not [variable for variable in variables if value in variable]
+
+
+@pytest.mark.appliance
+def test_kernel_processor_and_places_of_files_are_as_listed(facts_dir: Path, isolation: str) -> None:
+    seen = {name: (facts_dir / name).read_text() for name in ("cmdline", "cpuinfo", "mountinfo")}
+    command_line, cpu = Path("/proc/cmdline").read_text(), Path("/proc/cpuinfo").read_text()
+    if isolation == "sandbox":
+        assert seen["cmdline"] == command_line
+        assert processors(seen["cpuinfo"]) == processors(cpu)
+        assert f"/{facts_dir.name}/" in seen["mountinfo"]
+        return
+    assert seen["cmdline"] != command_line
+    # But for the name of the terminal, which libguestfs has in it.
+    assert OUTSIDE["LANG"] not in seen["cmdline"]
+    # This build is emulated everywhere.
+    assert all("QEMU" in model for model in processors(seen["cpuinfo"]))
+    # The directory of its outputs, and of what is temporary.
+    assert facts_dir.parents[2].name not in seen["cmdline"] + seen["mountinfo"]
 
 
 def test_all_variables_that_the_code_has_are_listed_and_no_others() -> None:
