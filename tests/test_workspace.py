@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +91,79 @@ def test_a_build_that_ends_on_its_own_tidies_up_itself(tmp_path: Path, out: Path
         note_elsewhere(directory, kept)
     assert not directory.exists()
     assert kept.exists()
+
+
+def test_its_name_cannot_be_guessed_and_nobody_else_can_look_into_it(tmp_path: Path) -> None:
+    names = set()
+    before = os.umask(0)
+    try:
+        for _ in range(20):
+            with open_workspace(tmp_path) as directory:
+                assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+                names.add(directory.name.removeprefix("virt-dib-"))
+    finally:
+        os.umask(before)
+    # Of a number, a time or a process most characters would be the same.
+    assert [place for place in zip(*names, strict=True) if len(set(place)) < 5] == []
+    assert min(map(len, names)) >= 8
+
+
+def guess(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have the next random names be these, as somebody has guessed who is right; numbers come then."""
+    monkeypatch.setattr("tempfile._name_sequence", itertools.chain(names, map(str, itertools.count())))
+
+
+def test_what_another_has_put_where_it_is_to_be_made_is_not_used(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = tmp_path / "parent"
+    (parent / ".virt-dib-directory").mkdir(parents=True)
+    (parent / ".virt-dib-directory").chmod(0o777)
+    (parent / ".virt-dib-link").symlink_to(out)
+    (parent / ".virt-dib-dangling").symlink_to(out / "none")
+    guess(monkeypatch, "directory", "link", "dangling", "free")
+    with open_workspace(parent) as directory:
+        assert directory == parent / "virt-dib-free"
+        (directory / "file").touch()
+        assert os.listdir(parent / ".virt-dib-directory") == []
+    assert os.listdir(out) == []
+    assert set(os.listdir(parent)) == {".virt-dib-directory", ".virt-dib-link", ".virt-dib-dangling"}
+
+
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_what_another_has_put_where_it_gets_its_name_is_not_used(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    if kind == "link":
+        (parent / "virt-dib-guessed").symlink_to(out)
+    else:
+        (parent / "virt-dib-guessed").mkdir()
+        (parent / "virt-dib-guessed" / "theirs").touch()
+    guess(monkeypatch, "guessed")
+    with pytest.raises(ToolError, match="making a directory for the build"), open_workspace(parent):
+        pass
+    assert os.listdir(parent) == ["virt-dib-guessed"]
+    assert os.listdir(out) == []
+    assert os.listdir(parent / "virt-dib-guessed") == ([] if kind == "link" else ["theirs"])
+
+
+def test_an_empty_directory_of_that_name_gives_way_to_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / "virt-dib-guessed"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    guess(monkeypatch, "guessed")
+    descriptor = os.open(theirs, os.O_RDONLY)
+    try:
+        with open_workspace(tmp_path) as directory:
+            assert directory == theirs
+            assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+            (directory / "file").touch()
+            # Who has it open sees nothing.
+            assert os.listdir(descriptor) == []
+    finally:
+        os.close(descriptor)
 
 
 SOCKETS = "libguestfs*"
