@@ -10,7 +10,8 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from virt_dib.spec import Phase
 TESTS = Path(__file__).parent
 _BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
 BUILD_TIMEOUT_S = 900
+HANG_S = 120.0
+"""For what takes a moment: so long only what hangs takes, also where the machine is slow."""
 MANY_DESCRIPTORS = 1100
 ISOLATIONS = ("vm", "sandbox")
 ODD_VALUE = os.fsdecode(b" caf\xe9 \xff\xfe\ttab \x01\x1e\x7f ")
@@ -211,3 +214,20 @@ def processes_of(directory: Path) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until *condition* holds."""
+    until_s = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
+def mounts_and_loops(*directories: Path) -> set[str]:
+    """The mounts that name one of *directories*, and the loop devices with a file there; all others are not ours."""
+    found = {f"mount {line}" for line in Path("/proc/self/mounts").read_text().splitlines()}
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            found.add(f"loop device {entry.parents[1].name} of {entry.read_text().rstrip()}")
+    return {line for line in found if any(str(directory) in line for directory in directories)}

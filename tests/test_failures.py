@@ -15,36 +15,46 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Run, files_in_image, make_element, skip_without, virt_dib
+from helpers import HANG_S, Run, files_in_image, make_element, mounts_and_loops, skip_without, virt_dib
 from virt_dib import api, events, tools
 from virt_dib.errors import ToolError
 from virt_dib.files import remove_tree
 from virt_dib.spec import Phase
 
-OLD = "an image of an earlier build"
+EARLIER = {
+    "disk.qcow2": b"an image of an earlier build",
+    "disk.d/manifest": b"its manifest",
+    "disk-2.qcow2": b"an image of another name\n\0",
+    # That of the same name is replaced when a build starts.
+    "disk-2.log": b"its log\r\n\xff\0",
+}
+"""What is in the output directory."""
 ORDINARY_PHASES = (Phase.ROOT, Phase.INSTALL, Phase.FINALISE)
 
 
 @pytest.fixture
 def output_dir(tmp_path: Path) -> Path:
-    """A directory with the outputs of an earlier build in it."""
+    """A directory with the outputs of an earlier build in it, and of another one whose name begins alike."""
     directory = tmp_path / "out"
-    directory.mkdir()
-    (directory / "disk.qcow2").write_text(OLD)
-    (directory / "disk.d").mkdir()
-    (directory / "disk.d" / "manifest").write_text(OLD)
+    (directory / "disk.d").mkdir(parents=True)
+    for name, content in EARLIER.items():
+        (directory / name).write_bytes(content)
     return directory
 
 
 @contextlib.contextmanager
 def nothing_left(output_dir: Path, temporary: Path) -> Iterator[None]:
-    """Check that the block leaves no process, no temporary file and no partial output, and the old image."""
+    """Check that the block leaves no process, mount, loop device, temporary file or partial output, and what was there.
+
+    *output_dir* is that of the fixture.
+    """
+    before = mounts_and_loops(temporary, output_dir)
     yield
     assert processes(temporary) == set()
+    assert mounts_and_loops(temporary, output_dir) == before
     assert list(temporary.iterdir()) == []
-    assert {path.name for path in output_dir.iterdir()} <= {"disk.qcow2", "disk.d", "disk.log"}
-    assert (output_dir / "disk.qcow2").read_text() == OLD
-    assert (output_dir / "disk.d" / "manifest").read_text() == OLD
+    assert {path.name for path in output_dir.iterdir()} - {"disk.log"} == {name.split("/")[0] for name in EARLIER}
+    assert {name: (output_dir / name).read_bytes() for name in EARLIER} == EARLIER
 
 
 def processes(temporary: Path) -> set[str]:
@@ -370,8 +380,7 @@ def test_interrupting_ends_everything(
     ):
         wait_for(output_dir / "disk.log", moment)
         process.send_signal(number)
-        # The time the issue allows; a build that ignores the signal would sleep on.
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=HANG_S) == 130
         assert process.stdout is not None
         assert b"interrupted" in process.stdout.read()
 

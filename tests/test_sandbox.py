@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import TESTS, many_descriptors
+from helpers import HANG_S, TESTS, many_descriptors, wait_until
 from virt_dib import environment as contract
 from virt_dib import namespaces, network, sandbox, staging, tools, unpacking, workspace
 from virt_dib.errors import ApplianceError, Interrupted, PrerequisiteError, Problem
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.sandbox
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 GUEST = "/dib/guest"
 DEVICES = {"full", "null", "random", "tty", "urandom", "zero"}
-WAIT_S = 20.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,7 +112,7 @@ def test_cancelling_ends_a_job_and_leaves_nothing_while_another_thread_goes_on(t
     threads = {name: threading.Thread(target=work, args=[name]) for name in cancellations}
     for thread in threads.values():
         thread.start()
-    assert all(event.wait(WAIT_S) for event in ready.values())
+    assert all(event.wait(HANG_S) for event in ready.values())
     cancellations["one"].cancel()
     threads["one"].join()
     assert list((tmp_path / "one").iterdir()) == []
@@ -448,13 +447,6 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in {"X", "Z"}
     except OSError:
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_nothing_is_left_when_the_block_ends(tmp_path: Path) -> None:
