@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from dib_releases import release
-from helpers import Run, make_element, virt_dib
+from helpers import Run, make_element, virt_dib, wait_until
 from on_terminal import on_terminal
-from test_failures import errors, fail, hidden, hints
+from test_failures import errors, fail, hidden, hints, nothing_left, output_dir, processes
 from virt_dib import prerequisites, tools
 from virt_dib.workspace import remove_leftovers
+
+__all__ = ["output_dir"]  # a fixture
 
 FAILS = "#!/bin/sh\necho cannot set up guest memory >&2\nexit 1\n"
 TWO_IMAGES = """
@@ -118,27 +120,43 @@ def test_a_kill_while_the_log_gets_its_name_leaves_no_other_one(
     assert os.listdir(out) == left
 
 
-def test_a_host_that_allows_no_disks_of_that_length(element_dir: Path, out: Path, tmp_path: Path) -> None:
-    (out / "disk.qcow2").write_text("an image of an earlier build")
-    (out / "disk.d").mkdir()
-    (out / "disk.d" / "manifest").write_text("an image of an earlier build")
+def test_the_next_build_removes_what_a_killed_one_has_left(
+    qemu: Path, element_dir: Path, output_dir: Path, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "LIBGUESTFS_HV": str(qemu), "VIRT_DIB_KVM": "off", "TMPDIR": str(temporary)}
+    words: list[str | Path] = ["--name", "disk", "--isolation", "vm", "--skip-base", "-p", element_dir, "tiny-os"]
+    command = [sys.executable, "-m", "virt_dib", *words]
+    # The shell's words are those of qemu, among them its files in TMPDIR.
+    qemu.write_text("#!/bin/sh\nwhile :; do sleep 1; done\n")
+    with nothing_left(output_dir, temporary):
+        with tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
+            wait_until(lambda: processes(qemu))
+            process.kill()
+        wait_until(lambda: not processes(qemu))
+        assert os.listdir(temporary) != []
+        qemu.write_text(FAILS)
+        result = tools.run(command, doing="building", environment=environment, cwd=output_dir, check=False)
+        assert result.exit_status == 1
+        assert "virt-dib: error: starting the appliance: " in result.stderr
+
+
+def test_a_host_that_allows_no_disks_of_that_length(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     run_by = ["/bin/bash", "-c", 'ulimit -f 1000000; exec "$@"', "bash"]
-    run = fail(["--skip-base", "-p", element_dir, "tiny-os"], out, tmp_path, run_by=run_by)
+    run = fail(["--skip-base", "-p", element_dir, "tiny-os"], output_dir, tmp_path, run_by=run_by)
     assert run.exit_status == 1
     assert "making a disk of 5120 MiB in " in errors(run)[0]
     assert "File too large" in errors(run)[0]
     assert "sparse files of that length" in hints(run)[0]
 
 
-def test_no_program_for_a_network_of_its_own(qemu: Path, element_dir: Path, out: Path, tmp_path: Path) -> None:
-    for name in ("disk.qcow2", "disk.d/manifest"):
-        (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text("an image of an earlier build")
+def test_no_program_for_a_network_of_its_own(qemu: Path, element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     covered = [f"/usr/bin/{name}" for name in ("slirp4netns", "pasta", "passt") if os.path.exists(f"/usr/bin/{name}")]
     setup = "; ".join(f"mount --bind /dev/null {path}" for path in covered) or ":"
     real = f"/usr/bin/qemu-system-{os.uname().machine}"
     setup = f"{setup}; mount --bind {qemu} $(readlink -f {real}); export VIRT_DIB_KVM=off"
-    run = fail(["--skip-base", "-p", element_dir, "tiny-os"], out, tmp_path, run_by=hidden(setup))
+    run = fail(["--skip-base", "-p", element_dir, "tiny-os"], output_dir, tmp_path, run_by=hidden(setup))
     assert run.exit_status == 1
     reaching = "the appliance can reach services on this host's loopback, at 169.254.2.2"
     lacking = "neither 'slirp4netns' nor 'pasta' found, needed for a network apart from this host's"
