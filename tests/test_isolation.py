@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import make_element
-from test_failures import errors, fail, hidden, hints, nothing_left, output_dir, processes, wait_for
+from helpers import HANG_S, ISOLATIONS, make_element, mounts_and_loops, wait_until
+from soak import kill_helper
+from test_failures import EARLIER, errors, fail, hidden, hints, nothing_left, output_dir, processes, wait_for
 from virt_dib import tools, workspace
 from virt_dib.spec import TREE_PHASES, Phase
 
@@ -195,20 +196,19 @@ def test_interrupting_ends_everything(
     ):
         wait_for(output_dir / "disk.log", moment)
         process.send_signal(signal.SIGINT)
-        # The time the issue allows; a build that ignores the signal would sleep on.
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=HANG_S) == 130
 
 
 def test_what_a_killed_build_leaves_goes_at_the_next_start(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     script = "#!/bin/bash\nmkdir $TMP_MOUNT_PATH/locked\nchmod 0 $TMP_MOUNT_PATH/locked\necho waiting\nsleep 600\n"
     command, environment, temporary = started(element_dir, tmp_path, script)
-    before = Path("/proc/self/mounts").read_text()
+    before = mounts_and_loops(temporary, output_dir)
     with tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
         wait_for(output_dir / "disk.log", b"waiting")
         process.kill()
         process.wait()
     wait_until_gone(temporary)
-    assert Path("/proc/self/mounts").read_text() == before
+    assert mounts_and_loops(temporary, output_dir) == before
     assert len(list(temporary.iterdir())) == 1
     assert len(workspace.remove_leftovers(temporary)) == 1
     assert list(temporary.iterdir()) == []
@@ -216,11 +216,7 @@ def test_what_a_killed_build_leaves_goes_at_the_next_start(element_dir: Path, ou
 
 def wait_until_gone(temporary: Path) -> None:
     """Wait until the processes of a build have gone after it."""
-    for _ in range(100):
-        if not processes(temporary):
-            return
-        signal.sigtimedwait([], 0.1)
-    pytest.fail(f"processes are left: {processes(temporary)}")
+    wait_until(lambda: not processes(temporary))
 
 
 def left_elsewhere(temporary: Path) -> list[Path]:
@@ -231,7 +227,7 @@ def left_elsewhere(temporary: Path) -> list[Path]:
     return [path for note in notes if (path := Path(note[0])).exists()]
 
 
-def test_what_a_build_leaves_that_is_killed_while_it_writes_goes_at_the_next_start(
+def test_the_build_after_one_that_is_killed_while_it_writes(
     element_dir: Path, output_dir: Path, tmp_path: Path
 ) -> None:
     # So much takes xz its time.
@@ -247,9 +243,24 @@ def test_what_a_build_leaves_that_is_killed_while_it_writes_goes_at_the_next_sta
     wait_until_gone(temporary)
     left = left_elsewhere(temporary)
     assert output_dir in {path.parent for path in left}
-    with nothing_left(output_dir, temporary):
-        assert len(workspace.remove_leftovers(temporary)) == 1
+    seen = set()
+    command = [sys.executable, "-m", "virt_dib", "--name", "disk", *SANDBOX, "-p", str(element_dir), "tiny-os"]
+    with (tmp_path / "shown").open("wb") as shown, tools.started(
+        command, environment=environment, cwd=output_dir, stdout=shown.fileno(), stderr=tools.TOGETHER
+    ) as process:  # fmt: skip
+        while process.poll() is None:
+            seen.add((output_dir / "disk.qcow2").read_bytes())
+            signal.sigtimedwait([], 0.1)
+    assert process.returncode == 0, (tmp_path / "shown").read_text()
+    image = (output_dir / "disk.qcow2").read_bytes()
+    tools.run(["qemu-img", "check", "-q", output_dir / "disk.qcow2"], doing="checking the image")
+    assert EARLIER["disk.qcow2"] in seen
+    assert seen <= {EARLIER["disk.qcow2"], image}
     assert [path for path in left if path.exists()] == []
+    assert list(temporary.iterdir()) == []
+    names = {name.split("/")[0] for name in EARLIER}
+    assert {path.name for path in output_dir.iterdir()} == {*names, "disk.log"}
+    assert processes(temporary) == set()
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 1.0], ids=["at-once", "later"])
@@ -264,11 +275,7 @@ def test_a_build_that_is_killed_while_its_appliance_starts_leaves_nothing(
 
     before = sockets()
     with tools.started(command, environment=environment, cwd=output_dir, stderr=tools.TOGETHER) as process:
-        for _ in range(3000):
-            if sockets() - before:
-                break
-            signal.sigtimedwait([], 0.01)
-        assert sockets() - before
+        wait_until(lambda: sockets() - before)
         signal.sigtimedwait([], wait_s)
         process.kill()
         process.wait()
@@ -315,15 +322,17 @@ def test_a_build_that_is_killed_when_its_sockets_are_made_and_not_yet_noted_leav
 
 def wait_for_file(directory: Path, pattern: str) -> None:
     """Wait until there is a file whose name fits *pattern*."""
-    for _ in range(1200):
-        if list(directory.glob(pattern)):
-            return
-        signal.sigtimedwait([], 0.1)
-    pytest.fail(f"no {pattern} in {directory}")
+    wait_until(lambda: list(directory.glob(pattern)))
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGHUP, marks=pytest.mark.full), signal.SIGTERM], ids=["HUP", "TERM"]
+    "number",
+    [
+        pytest.param(signal.SIGHUP, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, marks=pytest.mark.full),
+        signal.SIGTERM,
+    ],
+    ids=["HUP", "INT", "TERM"],
 )
 def test_interrupting_ends_what_writes_the_files(
     element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals
@@ -339,24 +348,41 @@ def test_interrupting_ends_what_writes_the_files(
         wait_for(output_dir / "disk.log", b"writing raw, squashfs")
         wait_for_file(output_dir, ".disk.squashfs.*.partial")
         process.send_signal(number)
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=HANG_S) == 130
+
+
+def waiting(tmp_path: Path) -> str:
+    """A script that waits, and leaves a process that does not heed signals, and that *processes* finds on the host."""
+    left = f"(trap '' TERM HUP INT; bash -c 'sleep 600; :' {tmp_path}/temporary)"
+    return f"#!/bin/bash\n{left} &\necho waiting\nsleep 600\n"
+
+
+def test_a_sandbox_that_is_killed_while_a_script_runs(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
+    command, environment, temporary = started(element_dir, tmp_path, waiting(tmp_path))
+    with (
+        nothing_left(output_dir, temporary),
+        tools.started(command, environment=environment, cwd=output_dir) as process,
+    ):
+        wait_for(output_dir / "disk.log", b"waiting")
+        kill_helper("sandbox-init.py")(process)
+        _, error = process.communicate(timeout=HANG_S)
+        assert process.returncode == 1
+    said = "post-root.d/60-slow of element 'slow' has not ended: running the sandbox: it died"
+    assert (
+        f"virt-dib: error: {said}\n    waiting\nvirt-dib: hint: perhaps this host ran out of memory" in error.decode()
+    )
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("phase", list(Phase))
 @pytest.mark.parametrize(
-    ("isolation", "number"),
-    [
-        pytest.param(isolation, number, id=f"{isolation}-{number.name}")
-        for isolation, number in [
-            ("vm", signal.SIGTERM), ("vm", signal.SIGKILL), ("sandbox", signal.SIGKILL), ("sandbox", signal.SIGHUP),
-        ]
-    ],
-)  # fmt: skip
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name
+)
+@pytest.mark.parametrize("isolation", ISOLATIONS)
 def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
     element_dir: Path, output_dir: Path, tmp_path: Path, isolation: str, phase: Phase, number: signal.Signals
 ) -> None:
-    files = {f"{phase.directory}/70-slower": "#!/bin/bash\necho waiting\nsleep 600\n"}
+    files = {f"{phase.directory}/70-slower": waiting(tmp_path)}
     command, environment, temporary = started(element_dir, tmp_path, "#!/bin/bash\n")
     make_element(tmp_path / "elements", "slower", files)
     left = []
@@ -377,7 +403,7 @@ def test_a_build_that_is_ended_in_any_phase_leaves_nothing(
             left = left_elsewhere(temporary)
             assert len(workspace.remove_leftovers(temporary)) == 1
         else:
-            assert process.wait(timeout=10) == 130
+            assert process.wait(timeout=HANG_S) == 130
     assert [path for path in left if path.exists()] == []
 
 
