@@ -97,6 +97,7 @@ def elements(element_dir: Path, tmp_path: Path) -> list[str | Path]:
             "--script-timeout", "4s",
             "pre-install.d/50-sleeps of element 'sleeps' has taken longer than 4 s, and was ended",
         ),
+        # The script begins after some three seconds.
         ("--timeout", "25s", "building the image: it has taken longer than 25 s, and is not at its end: "),
     ],
 )  # fmt: skip
