@@ -26,7 +26,7 @@ OF_OTHER_COMMANDS = frozenset(
 """Modules of commands with options of their own, and those that describe options."""
 FOREIGN = {
     "--system-site-packages", "--force-reinstall", "--reinstall", "--security-opt", "--no-new-privs", "--add-subkinds",
-    "--update", "--add", "-m", "-f", "-O", "-v", "-o", "-s", "-i", "-r",
+    "--update", "--add", "-m", "-f", "-O", "-v", "-o", "-s", "-i", "-r", "-N",
 }  # fmt: skip
 """Options of programs whose command lines are in hints."""
 

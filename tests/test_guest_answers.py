@@ -253,7 +253,7 @@ def test_a_cache_that_goes_in_the_middle_of_a_build(planned: Callable[..., Stage
     stages = planned(image_cache=cache)
     gather = f"mkdir -p image-cache/new; touch image-cache/unchanged; rmdir {cache}; touch {cache}"
     stages.tree(commands={"image-cache.py gather": gather}, files={"tree-size-kib": b"1"})
-    assert stages.warnings() == [f"what the elements cached is not kept: File exists: '{cache}'"]
+    assert stages.warnings() == [f"what the elements cached is not kept in '{cache}': File exists: '{cache}'"]
 
 
 # ---- the disk ----

@@ -286,6 +286,11 @@ class Appliance:
         """See :class:`virt_dib.jobs.Runner`."""
         return f"perhaps the appliance ran out of its {self._settings.memory_mib} MiB: give it more with --memsize"
 
+    @property
+    def full_hint(self) -> str:
+        """See :class:`virt_dib.jobs.Runner`. The host's own file system is looked at all the time."""
+        return "the build disk has no room for more: have the elements write less"
+
     def run(
         self,
         command: Sequence[str],
@@ -466,10 +471,16 @@ class Appliance:
 
     def _check_host_space(self) -> None:
         """Stop before qemu does: it waits for space for ever, and the build would just stand still."""
-        for disk in [*self._settings.disks, *([self._settings.drive] if self._settings.drive else [])]:
-            state = os.statvfs(disk.path)
-            if state.f_bavail * state.f_frsize < _HOST_RESERVE_BYTES:
+        drive = self._settings.drive
+        for disk in self._settings.disks:
+            if _little_space(disk.path):
                 raise ApplianceError.of([no_space_on_host(disk.path)])
+        # What the file system of a device's node has free is no matter of the device.
+        if drive is not None and not drive.path.is_block_device() and _little_space(drive.path):
+            raise ApplianceError(
+                f"writing the helper drive '{drive.path}': no space left on the host",
+                hint=f"free some space in '{drive.path.parent}', or give a --drive that is elsewhere",
+            )
 
     def _call(
         self,
@@ -532,6 +543,12 @@ class Appliance:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _little_space(path: Path) -> bool:
+    """Whether qemu may soon find no space for the file *path*."""
+    state = os.statvfs(path)
+    return state.f_bavail * state.f_frsize < _HOST_RESERVE_BYTES
 
 
 @contextlib.contextmanager

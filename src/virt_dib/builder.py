@@ -66,6 +66,8 @@ _COPYING_BACK = "copying back what has changed"
 _MAKING_BUILD_DISK = "making the build disk"
 _SUMMING = "computing checksums"
 _HOST_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_LITTLE_BYTES = 1 << 20
+"""What is free in a file system that has refused to take more, at most."""
 _MANIFESTS = "dib-manifests"
 """What DIB's element 'manifests', which operating systems bring with them, leaves in any build."""
 _BESIDES_THE_TREE_BYTES = 4 << 30
@@ -229,10 +231,24 @@ def _host_errors(workspace: Path, output_dir: Path) -> Iterator[None]:
             ) from error
         if error.errno not in _HOST_ERRORS:
             raise
+        full, reason = _full_of(workspace.parent, output_dir), reason_of(error)
         raise ToolError(
-            f"writing the files of the build in '{workspace.parent}' and '{output_dir}': {reason_of(error)}",
+            f"writing the files of the build in '{full[0]}': {reason}"
+            if len(full) == 1
+            else f"writing the files of the build in '{full[0]}' and '{full[1]}': {reason}",
             hint=f"make room there; {temp_dir_variable()} names another directory for the disks of a build",
         ) from error
+
+
+def _full_of(*directories: Path) -> list[Path]:
+    """Those whose file systems have no room now; all where none has not, as with a quota."""
+    states = {directory: os.statvfs(directory) for directory in dict.fromkeys(directories)}
+    full = [
+        directory
+        for directory, state in states.items()
+        if state.f_bavail * state.f_frsize < _LITTLE_BYTES or (state.f_files and not state.f_favail)
+    ]
+    return full or list(states)
 
 
 def _is_gone(directory: Path) -> bool:

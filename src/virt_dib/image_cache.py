@@ -58,7 +58,7 @@ class ImageCache:
     """The cache *directory* of the user's, for one build, whose own directory is *workspace*."""
 
     def __init__(self, directory: Path, workspace: Path) -> None:
-        self._directory = directory
+        self.directory = directory
         self.archive = workspace / "image-cache.tar"
         """Where what comes back may be gathered."""
         self._before: dict[str, dict[str, _Signature]] = {}
@@ -80,7 +80,7 @@ class ImageCache:
             self._copy_all(target)
         except OSError as error:
             raise ToolError(
-                f"copying the image cache '{self._directory}' for the build: {reason_of(error)}",
+                f"copying the image cache '{self.directory}' for the build: {reason_of(error)}",
                 hint=f"make room in the directory of {temp_dir_variable()}, give another --image-cache, "
                 "or leave it out",
             ) from error
@@ -92,7 +92,7 @@ class ImageCache:
             ApplianceError: it is not what was to be gathered.
             OSError: the host refuses to write.
         """
-        with _own_directory(self._directory) as directory:
+        with _own_directory(self.directory) as directory:
             # Not where what is put aside is, which the next build gives back should this one be killed.
             gathered, aside = directory / "gathered", directory / _ASIDE
             gathered.mkdir()
@@ -102,7 +102,7 @@ class ImageCache:
                 self.archive.unlink()
             if sorted(os.listdir(gathered)) != ["new", "unchanged"] or not (gathered / "new").is_dir():
                 raise ApplianceError("taking over the image cache: the guest gave something else")
-            with _locked(self._directory, fcntl.LOCK_EX):
+            with _locked(self.directory, fcntl.LOCK_EX):
                 refused = self._complete(gathered)
                 names = [name for name in _entries(gathered / "new") if name not in refused]
                 for name in names:
@@ -112,14 +112,14 @@ class ImageCache:
     # ---- inside ----
 
     def _copy_all(self, target: Path) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         target.mkdir(exist_ok=True)
-        if any(name.startswith(_OWN) for name in os.listdir(self._directory)):
-            with _locked(self._directory, fcntl.LOCK_EX):
-                _sweep(self._directory)
-        with _locked(self._directory, fcntl.LOCK_SH), _Source(self._directory) as source:
-            for name in _entries(self._directory):
-                self._before[name] = dict(_states(self._directory, name))
+        if any(name.startswith(_OWN) for name in os.listdir(self.directory)):
+            with _locked(self.directory, fcntl.LOCK_EX):
+                _sweep(self.directory)
+        with _locked(self.directory, fcntl.LOCK_SH), _Source(self.directory) as source:
+            for name in _entries(self.directory):
+                self._before[name] = dict(_states(self.directory, name))
                 for path, state in self._before[name].items():
                     if not self._copy(source, path, state[0], target):
                         self._partly.add(name)
@@ -154,7 +154,7 @@ class ImageCache:
         new = gathered / "new"
         refused = {name for name in _entries(new) if name in self._partly or self._has_changed(name)}
         places = {"", *(os.path.relpath(place, new) for place, _, _ in os.walk(new))}
-        with _Source(self._directory) as source:
+        with _Source(self.directory) as source:
             for path in self._unchanged(gathered / "unchanged"):
                 name = path.split("/", 1)[0]
                 state = self._before.get(name, {}).get(path)
@@ -177,10 +177,10 @@ class ImageCache:
         return [os.fsdecode(word) for word in data.split(b"\0")]
 
     def _has_changed(self, name: str) -> bool:
-        return dict(_states(self._directory, name)) != self._before.get(name, {})
+        return dict(_states(self.directory, name)) != self._before.get(name, {})
 
     def _replace(self, name: str, new: Path, aside: Path) -> None:
-        entry = self._directory / name
+        entry = self.directory / name
         with shielded():
             if not os.path.lexists(entry) or not (new.is_dir() or stat.S_ISDIR(entry.lstat().st_mode)):
                 new.rename(entry)

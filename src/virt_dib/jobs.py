@@ -64,6 +64,10 @@ class Runner(Protocol):
     def killed_hint(self) -> str:
         """What a program there may have lacked that was killed, nobody knows by whom; a hint."""
 
+    @property
+    def full_hint(self) -> str:
+        """What to do when there is no room for more of the tree."""
+
     def run(
         self,
         command: Sequence[str],

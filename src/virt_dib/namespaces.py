@@ -26,6 +26,7 @@ from typing import IO, Protocol
 
 from virt_dib import layout, tools
 from virt_dib.errors import ApplianceError, PrerequisiteError, Problem
+from virt_dib.files import temp_dir_variable
 from virt_dib.interrupts import check_cancelled, ready, shielded
 from virt_dib.jobs import STATUS, Event, JobResult, Splitter, Tail, job_text, shell_ended
 from virt_dib.terminal_link import LINK, Terminal, relay
@@ -261,6 +262,11 @@ class _Process(Protocol):
         """The exit status, when it has ended."""
 
 
+def disk_full_hint() -> str:
+    """What to do when what is in the directory for temporary files has no room for more of the tree."""
+    return f"the disk that the tree is made on is full: set {temp_dir_variable()} to a directory with more room"
+
+
 @dataclass(frozen=True, slots=True)
 class Inside:
     """A process of ``sandbox-init.py`` and the socket to it."""
@@ -273,6 +279,11 @@ class Inside:
     def killed_hint(self) -> str:
         """See :class:`virt_dib.jobs.Runner`."""
         return NO_MEMORY
+
+    @property
+    def full_hint(self) -> str:
+        """See :class:`virt_dib.jobs.Runner`."""
+        return disk_full_hint()
 
     def receive(self) -> tuple[str, list[int]]:
         """What it says: a message, and descriptors that came with it.

@@ -13,7 +13,6 @@ from virt_dib import online, scripts
 from virt_dib.break_points import NO_BREAKS, Breaks
 from virt_dib.environment import Facts
 from virt_dib.errors import ApplianceError, ScriptError
-from virt_dib.files import temp_dir_variable
 from virt_dib.interrupts import Limit, limited
 from virt_dib.jobs import STATUS, Event, JobResult, Place, Runner
 from virt_dib.monitor import BuildMonitor
@@ -31,6 +30,9 @@ _READ_LINES = 40
 _KILLED = re.compile(r"\bKilled\b")
 """What bash says of a program that has got SIGKILL, as the kernel gives it when memory runs out."""
 _NO_SPACE = re.compile(r"No space left on device|[Nn]ot enough (?:free )?space|[Dd]isk full")
+_IMAGE_FULL_HINT = "the image is full: give it more with --size"
+_INODES_HINT = "the image can have no more files: --mkfs-options '-N NUMBER' makes inodes for more"
+_DRIVE_FULL_HINT = "the helper drive is full: remove files in it, or give a larger one with --drive"
 _RUNNER_PATH = {"PATH": contract.SYSTEM_PATH, "LC_ALL": "C"}
 _MOST_RESULTS = 10_000
 """Scripts of a phase in the report; a guest may forge any number."""
@@ -287,16 +289,11 @@ def _full_hint(place: Runner, phase: Phase, facts: Facts) -> str | None:
     """What to do about a script that found no space: the file system that has none now is asked for."""
     in_image = phase in DISK_PHASES
     hints = {
-        f"blocks {contract.TREE}": "the image is full: give it more with --size"
-        if in_image
-        else f"the disk that the tree is made on is full: set {temp_dir_variable()} to a directory with more room",
-        f"inodes {contract.TREE}": "the image can have no more files: --mkfs-options '-N NUMBER' makes inodes for more"
-        if in_image
-        else None,
+        f"blocks {contract.TREE}": _IMAGE_FULL_HINT if in_image else place.full_hint,
+        f"inodes {contract.TREE}": _INODES_HINT if in_image else None,
     }
     if facts.spec.drive is not None:
-        drive = "the helper drive is full: remove files in it, or make a larger one"
-        hints |= {f"{kind} {contract.HOME}": drive for kind in ("blocks", "inodes")}
+        hints |= {f"{kind} {contract.HOME}": _DRIVE_FULL_HINT for kind in ("blocks", "inodes")}
     # The build has an error already, and a guest that says nothing more is no other one.
     with contextlib.suppress(ApplianceError):
         said = guest_script(place, "tree.sh", "full", contract.TREE, contract.HOME).tail.splitlines()

@@ -32,6 +32,7 @@ from virt_dib.namespaces import (
     NO_MEMORY,
     PROCESS_ENVIRONMENT,
     Ids,
+    disk_full_hint,
     find_ids,
     finish,
     id_problems,
@@ -162,6 +163,16 @@ class Sandbox:
     def killed_hint(self) -> str:
         """See :class:`virt_dib.jobs.Runner`."""
         return NO_MEMORY
+
+    @property
+    def full_hint(self) -> str:
+        """See :class:`virt_dib.jobs.Runner`."""
+        if self._settings.memory_bytes is None:
+            return disk_full_hint()
+        return (
+            f"the {self._settings.memory_bytes / 1024**3:.1f} GiB of memory that the tree is made in are full: "
+            f"with a larger --size it is made on disk, in the directory of {temp_dir_variable()}"
+        )
 
     # ---- life ----
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -22,6 +23,7 @@ CACHE_STEP = "keeping what is cached"
 
 _NO_TREE_STATUS = 3
 _MOST_NAMES = 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def make_tree(
@@ -94,7 +96,13 @@ def _keep_cache(cache: ImageCache, phases: Phases, place: Place, since: Sequence
             monitor.warning(f"what the elements cached is not kept: {error}")
             return
         except OSError as error:
-            monitor.warning(f"what the elements cached is not kept: {reason_of(error)}")
+            reason = reason_of(error)
+            monitor.warning(
+                f"what the elements cached is not kept in '{cache.directory}': {reason}; make room there, "
+                "or give another --image-cache"
+                if error.errno in _NO_ROOM
+                else f"what the elements cached is not kept in '{cache.directory}': {reason}"
+            )
             return
     if received.entries:
         names = [one_line(name) for name in received.entries[:_MOST_NAMES]]
