@@ -26,6 +26,7 @@ class Guest:
     phases: frozenset[str] = frozenset()
     """Those that have scripts."""
     killed_hint: str = "have a look at the memory"
+    full_hint: str = "have a look at the disk"
 
     def run(
         self,

@@ -78,6 +78,7 @@ class OnHost:
     piece_bytes: int = 13
 
     killed_hint = "give it more memory"
+    full_hint = "give it a larger disk"
 
     def run(
         self,
