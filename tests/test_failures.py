@@ -168,7 +168,7 @@ def test_an_unreadable_kernel(element_dir: Path, output_dir: Path, tmp_path: Pat
 @pytest.mark.appliance
 @pytest.mark.parametrize("size", ["1m", "3m", "12m", "300m"])
 def test_no_space_on_the_host(element_dir: Path, output_dir: Path, tmp_path: Path, size: str) -> None:
-    script = "#!/bin/bash\ndd if=/dev/urandom of=/big bs=1M count=2000\nsync\n"
+    script = "#!/bin/bash\ndd if=/dev/zero of=/big bs=1M count=2000\nsync\n"
     make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
     run_by = hidden(f"mount -t tmpfs -o size={size} none {tmp_path}/temporary")
     run = fail(
@@ -207,7 +207,7 @@ def test_a_drive_without_a_file_system(element_dir: Path, output_dir: Path, tmp_
 
 @pytest.mark.appliance
 def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
-    script = "#!/bin/bash\ndd if=/dev/urandom of=/big bs=1M count=300\n"
+    script = "#!/bin/bash\ndd if=/dev/zero of=/big bs=1M count=220\n"
     make_element(tmp_path / "elements", "big", {"install.d/50-big": script})
     run = fail(
         ["--size", "200M", "--skip-base", "-p", element_dir, "-p", tmp_path / "elements", "tiny-os", "big"],
