@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from virt_dib import environment as contract
 from virt_dib import namespaces, network, sandbox, staging, tools, unpacking, workspace
 from virt_dib.errors import ApplianceError, Interrupted, PrerequisiteError, Problem
 from virt_dib.interrupts import Cancellation, cancellable
+from virt_dib.layout import guest_script
 from virt_dib.sandbox import Sandbox, Settings, open_sandbox
 
 pytestmark = pytest.mark.sandbox
@@ -317,6 +319,36 @@ def build_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return tools.run([program("debugfs"), "-R", request, disk], doing="reading").stdout
 
     return debugfs
+
+
+@pytest.mark.parametrize(
+    ("options", "largest_bytes"),
+    [
+        (["-t", "ext4", "-b", "4096"], (1 << 44) - 4096),
+        (["-t", "ext4", "-b", "1024"], (1 << 42) - 1024),
+        (["-t", "ext3", "-b", "4096"], (12 + (1 << 10) + (1 << 20) + (1 << 30)) * 4096),
+        (["-t", "ext2", "-b", "1024"], (12 + (1 << 8) + (1 << 16) + (1 << 24)) * 1024),
+    ],
+    ids=["ext4", "ext4-small-blocks", "ext3", "ext2-small-blocks"],
+)
+def test_a_file_that_is_too_long_for_a_file_system_is_not_made_empty(
+    tmp_path: Path, options: list[str], largest_bytes: int
+) -> None:
+    """In memory, where a file can be so long."""
+    disk, script = tmp_path / "disk", guest_script("sandbox-restore.py")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        tree = Path(memory) / "tree"
+        (tree / "a").mkdir(parents=True)
+        for size_bytes, status in [(largest_bytes, 0), (largest_bytes + 1, 5), (1 << 60, 5)]:
+            (tree / "a/long\n").touch()
+            os.truncate(tree / "a/long\n", size_bytes)
+            command: list[str | Path] = [program("mke2fs"), "-q", "-F", *options, "-d", tree, disk, "64M"]
+            tools.run(command, doing="making a file system")
+            run = tools.run([sys.executable, "-I", "-S", script, tree, disk], doing="restoring", check=False)
+            assert (run.exit_status, run.stdout) == (status, f"'/a/long\\n' has {size_bytes} bytes\n" if status else "")
+            if status == 0:
+                checked = tools.run([program("e2fsck"), "-fn", disk], doing="checking", check=False)
+                assert checked.exit_status == 0, checked.stdout
 
 
 def program(name: str) -> Path:

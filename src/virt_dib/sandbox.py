@@ -43,11 +43,14 @@ from virt_dib.namespaces import (
 )
 from virt_dib.network import NAMESERVER, connected
 from virt_dib.network import problem as network_problem
+from virt_dib.plain_text import one_line
 
 _PYTHON = Path("/usr/bin/python3")
 _USUAL_TREE_BYTES = 4 << 30
 _TOO_MANY_STATUS = 4
 """Of guest/sandbox-split.sh."""
+_LONG_FILE_STATUS = 5
+"""Of guest/sandbox-restore.py."""
 _TOO_LONG_STATUS = 128 + signal.SIGXFSZ
 """As bash counts it."""
 
@@ -328,6 +331,11 @@ class Sandbox:
             result = self._script("sandbox-disk.sh", arguments, stream.fileno())
         if result.exit_status != 0 and staging.NO_SPACE in result.tail:
             raise ApplianceError.of([no_space_on_host(disk)])
+        if result.exit_status == _LONG_FILE_STATUS:
+            said = one_line((result.tail.strip().splitlines() or ["no file"])[-1])
+            raise ApplianceError(
+                f"the guest left a file that no ext4 file system can have: {said}", hint="an element left it there"
+            )
         return result
 
     def _script(self, name: str, arguments: Sequence[str], standard_input: int | None = None) -> JobResult:

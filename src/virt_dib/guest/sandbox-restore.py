@@ -8,6 +8,9 @@
 2. Device nodes, for which the sandbox has empty files that say so (class Nodes of ``sandbox-init.py``).
 3. The owner and the mode of the directory at the top.
 4. Names that one symbolic link has. mke2fs keeps the hard links of all else, but makes a link of each name.
+
+A file that is longer than the file system can have one ends it with status 5. mke2fs 1.47.0 takes it, and e2fsck would
+make it an empty one.
 """
 
 from __future__ import annotations
@@ -33,6 +36,12 @@ OLD_DEVICE_LIMIT = 256
 # The kinds of nodes: the type in the mode, and the type in a directory entry.
 KINDS = {b"c": (stat.S_IFCHR, 3), b"b": (stat.S_IFBLK, 4)}
 ENTRY_CHANGED = 1
+# The superblock, and in it the binary logarithm of the size of a block in KiB.
+SUPERBLOCK, BLOCK_SIZE = 1024, 24
+DIRECT_BLOCKS = 12
+LONG_FILE_STATUS = 5
+# Every ext4 has room for one file of so much.
+ORDINARY_BYTES = 1 << 33
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -42,6 +51,10 @@ class FileSystem:
 
     def __init__(self, image: str) -> None:
         self._library = ctypes.CDLL("libext2fs.so.2")
+        path, _, offset = image.partition("?offset=")
+        with open(path, "rb") as stream:
+            stream.seek(int(offset or 0) + SUPERBLOCK + BLOCK_SIZE)
+            self._block_bytes: int = 1024 << struct.unpack("<I", stream.read(4))[0]
         self._handle = ctypes.c_void_p()
         manager = ctypes.c_void_p.in_dll(self._library, "unix_io_manager")
         self._call(
@@ -99,6 +112,15 @@ class FileSystem:
         struct.pack_into("<I", content, DELETED, int(time.time()))
         self._write(inode, content)
         self._library["ext2fs_inode_alloc_stats2"](self._handle, ctypes.c_uint32(inode), -1, 0)
+
+    def cannot_hold(self, inode: int, size_bytes: int) -> bool:
+        """Whether that file cannot be so long."""
+        if size_bytes < ORDINARY_BYTES:
+            return False
+        extents = bool(struct.unpack_from("<I", self._read(inode), FLAGS)[0] & EXTENTS_FLAG)
+        numbers = self._block_bytes // 4
+        most_blocks = 2**32 - 1 if extents else DIRECT_BLOCKS + numbers + numbers**2 + numbers**3
+        return size_bytes > most_blocks * self._block_bytes
 
     def remove_attribute(self, inode: int, name: str) -> None:
         """Remove an extended attribute."""
@@ -187,6 +209,9 @@ def restore(file_system: FileSystem, top: bytes) -> None:
                         file_system.remove_attribute(inode, NODE_ATTRIBUTE)
                         file_system.make_node(inode, KINDS[kind][0], major, minor)
                         nodes.add(inode)
+                elif stat.S_ISREG(state.st_mode) and file_system.cannot_hold(inode, state.st_size):
+                    sys.stdout.write(f"{os.fsdecode(entry.path[len(top) :])!a} has {state.st_size} bytes\n")
+                    sys.exit(LONG_FILE_STATUS)
                 file_system.set_times(inode, state)
 
 
