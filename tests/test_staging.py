@@ -229,6 +229,43 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert all("no space left" in line.lower() for line in said)
 
 
+SHORT = """
+import os, sys
+from pathlib import Path
+from virt_dib.elements import discover
+from virt_dib.errors import ToolError
+from virt_dib.staging import Staging
+top = Path(sys.argv[1])
+content = Staging(top / "staging")
+content.add_elements(list(discover([top / "elements"]).values()), [top / "elements"])
+disk, filler = top / "small" / "disk.img", top / "small" / "filler"
+for left_kib in range(1000, 20000, 100):
+    filler.unlink(missing_ok=True)
+    with filler.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, 20 * 1024**2 - left_kib * 1024)
+    try:
+        content.make_disk(disk)
+    except ToolError as error:
+        assert "no space left" in str(error), (error, error.__cause__)
+        print("short" if "short write" in str(error.__cause__) else "none")
+    else:
+        break
+    disk.unlink()
+print("made")
+"""
+
+
+def test_a_disk_that_becomes_full_while_more_than_a_block_is_written(tmp_path: Path) -> None:
+    """Of that mke2fs says something else, with whatever little is left."""
+    (make_element(tmp_path / "elements", "one", {}) / "big").write_bytes(bytes(range(256)) * 2000)
+    (tmp_path / "small").mkdir()
+    unshare = str(tools.require("unshare", purpose="run the tests", package="util-linux"))
+    as_root = () if os.geteuid() == 0 else ("--user", "--map-root-user")
+    mount = f'mount -t tmpfs -o size=20m none "{tmp_path}/small"; exec "$@"'
+    said = run_python(SHORT, tmp_path, before=(unshare, *as_root, "--mount", "/bin/sh", "-c", mount, "sh")).splitlines()
+    assert {*said} == {"none", "short", "made"}
+
+
 # ---- files of the host ----
 
 

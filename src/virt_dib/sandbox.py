@@ -329,7 +329,7 @@ class Sandbox:
         """Run sandbox-disk.sh on the file *disk*."""
         with _for_sandbox(disk) as stream:
             result = self._script("sandbox-disk.sh", arguments, stream.fileno())
-        if result.exit_status != 0 and staging.NO_SPACE in result.tail:
+        if result.exit_status != 0 and staging.NO_SPACE.search(result.tail):
             raise ApplianceError.of([no_space_on_host(disk)])
         if result.exit_status == _LONG_FILE_STATUS:
             said = one_line((result.tail.strip().splitlines() or ["no file"])[-1])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ ELEMENT_HOST_FILES = {"openstack-ci-mirrors": ("/etc/ci/mirror_info.sh",)}
 LONGEST_PATH_BYTES = 1000
 """On a build disk. With some longer ones mke2fs 1.47 -d writes beyond its memory; and elements, and what others have
 cached, can have any name."""
-NO_SPACE = "No space left on device"
+NO_SPACE = re.compile("No space left on device|resulted in short write")
 """Said by mke2fs of the file that it writes; of the file system in it, it says other things."""
 _NOT_TO_COPY = ("/dev/", "/proc/", "/sys/")
 """Where directories of the host are that no element can have meant: the guest has its own."""
@@ -236,7 +237,7 @@ class Staging:
         try:
             tools.run(command, doing="making the build disk")
         except ToolError as error:
-            if NO_SPACE in str(error):
+            if NO_SPACE.search(str(error)):
                 raise ToolError.of([no_space_on_host(disk)]) from error
             raise
 
