@@ -205,6 +205,7 @@ def test_a_drive_without_a_file_system(element_dir: Path, output_dir: Path, tmp_
     assert "which is mounted with noexec" in run.stdout + run.stderr
 
 
+@pytest.mark.full
 @pytest.mark.appliance
 def test_an_image_too_small_for_the_tree(element_dir: Path, output_dir: Path, tmp_path: Path) -> None:
     script = "#!/bin/bash\ndd if=/dev/zero of=/big bs=1M count=220\n"

@@ -325,15 +325,8 @@ def wait_for_file(directory: Path, pattern: str) -> None:
     wait_until(lambda: list(directory.glob(pattern)))
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGHUP, marks=pytest.mark.full),
-        pytest.param(signal.SIGINT, marks=pytest.mark.full),
-        signal.SIGTERM,
-    ],
-    ids=["HUP", "INT", "TERM"],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_interrupting_ends_what_writes_the_files(
     element_dir: Path, output_dir: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
