@@ -652,7 +652,7 @@ def test_a_file_of_an_exabyte_in_the_directory_of_a_whole_build(tmp_path: Path) 
     assert f"made: {1 << 60}\n" in run.stdout
     assert run.exit_status == 1
     (error,) = [line for line in run.stderr.splitlines() if line.startswith("virt-dib: error: ")]
-    said = f"a file that no ext4 file system can have: '/out/huge' has {1 << 60} bytes"
+    said = f"a file that is too long for its file system: '/out/huge' has {1 << 60} bytes"
     assert error == f"virt-dib: error: the guest left {said}"
     assert left == []
     assert sorted(os.listdir(out)) == ["x.d", "x.log"]

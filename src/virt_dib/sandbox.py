@@ -334,7 +334,8 @@ class Sandbox:
         if result.exit_status == _LONG_FILE_STATUS:
             said = one_line((result.tail.strip().splitlines() or ["no file"])[-1])
             raise ApplianceError(
-                f"the guest left a file that no ext4 file system can have: {said}", hint="an element left it there"
+                f"the guest left a file that is too long for its file system: {said}",
+                hint="find the element that makes it, and have it make a shorter one",
             )
         return result
 
